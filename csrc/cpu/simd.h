@@ -1,0 +1,126 @@
+// One vector type for every instruction set: VLMFAST_SIMD_WIDTH floats, written with the vector extensions that GCC and
+// Clang share, so that the same source becomes AVX-512, AVX2, SSE2 or NEON code by the flags it is compiled with.
+// No torch, and nothing with external linkage: this header is compiled several times into one library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__FMA__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if !defined(VLMFAST_SIMD_WIDTH) || !defined(VLMFAST_ISA)
+#error "VLMFAST_SIMD_WIDTH (floats per vector) and VLMFAST_ISA (namespace) come from CMakeLists.txt"
+#endif
+
+namespace vlmfast::cpu::VLMFAST_ISA {
+
+constexpr int64_t kWidth = VLMFAST_SIMD_WIDTH;
+constexpr float kInfinity = __builtin_inff();
+
+using Vec = float __attribute__((vector_size(VLMFAST_SIMD_WIDTH * 4)));
+using IntVec = int32_t __attribute__((vector_size(VLMFAST_SIMD_WIDTH * 4)));
+
+static inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+static inline Vec splat(float x) { return x - Vec{}; }
+
+// a * b + c, rounded once where the instruction set has a fused multiply-add. Said explicitly, since a compiler that fuses in
+// one sweep and not in another makes forward and backward disagree by the rounding of a large logit.
+static inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
+  return Vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__FMA__) && VLMFAST_SIMD_WIDTH == 8
+  return Vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// The first `count` floats at p; `fill` in the lanes after them.
+static inline Vec load(const float* p, int64_t count, float fill) {
+  if (count == kWidth) return load(p);
+  float lanes[kWidth];
+  for (int64_t k = 0; k < kWidth; ++k) lanes[k] = k < count ? p[k] : fill;
+  return load(lanes);
+}
+
+static inline void store(float* p, int64_t count, Vec v) {
+  if (count == kWidth) return store(p, v);
+  float lanes[kWidth];
+  store(lanes, v);
+  for (int64_t k = 0; k < count; ++k) p[k] = lanes[k];
+}
+
+// v with `fill` in all lanes but the first `count`.
+static inline Vec keep_first(Vec v, int64_t count, float fill) {
+  if (count == kWidth) return v;
+  float lanes[kWidth];
+  store(lanes, v);
+  for (int64_t k = count; k < kWidth; ++k) lanes[k] = fill;
+  return load(lanes);
+}
+
+static inline float reduce_add(Vec v) {
+  float lanes[kWidth];
+  store(lanes, v);
+  for (int64_t half = kWidth / 2; half > 0; half /= 2)
+    for (int64_t k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  return lanes[0];
+}
+
+static inline float reduce_max(Vec v) {
+  float lanes[kWidth];
+  store(lanes, v);
+  for (int64_t half = kWidth / 2; half > 0; half /= 2)
+    for (int64_t k = 0; k < half; ++k) lanes[k] = lanes[k] > lanes[k + half] ? lanes[k] : lanes[k + half];
+  return lanes[0];
+}
+
+// 2^(exponent), given exponent = n + fraction with n an integer, fraction in [-1/2, 1/2], and rounded = n + 1.5 * 2^23.
+// 0 below 2^-125, +inf above 2^127, NaN for NaN.
+static inline Vec exp2_parts(Vec exponent, Vec rounded, Vec fraction) {
+  // Minimax polynomial of 2^f on [-1/2, 1/2] (Cephes exp2f).
+  Vec p = splat(1.535336188319500e-4f);
+  p = p * fraction + 1.339887440266574e-3f;
+  p = p * fraction + 9.618437357674640e-3f;
+  p = p * fraction + 5.550332471162809e-2f;
+  p = p * fraction + 2.402264791363012e-1f;
+  p = p * fraction + 6.931472028550421e-1f;
+  p = p * fraction + 1.0f;
+  IntVec n, power_bits;
+  std::memcpy(&n, &rounded, sizeof n);  // the low bits of rounded are n; the shift drops the others
+  std::memcpy(&power_bits, &p, sizeof power_bits);
+  power_bits += n << 23;
+  Vec power;
+  std::memcpy(&power, &power_bits, sizeof power);
+  power = exponent < -125.0f ? Vec{} : power;
+  power = exponent > 127.0f ? splat(kInfinity) : power;
+  return exponent == exponent ? power : exponent;
+}
+
+constexpr float kRoundToInteger = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+
+static inline Vec exp2(Vec exponent) {
+  const Vec rounded = exponent + kRoundToInteger;
+  return exp2_parts(exponent, rounded, exponent - (rounded - kRoundToInteger));
+}
+
+// 2^(x * scale - shift) for an integer-valued shift of magnitude below 2^21. With a fused multiply-add nothing is rounded
+// before the polynomial but the fraction, so the relative error stays near 1e-7 however large x * scale and shift are.
+static inline Vec exp2_shifted(Vec x, Vec scale, Vec shift) {
+  const Vec offset = kRoundToInteger - shift;
+  const Vec rounded = multiply_add(x, scale, offset);
+  return exp2_parts(multiply_add(x, scale, -shift), rounded, multiply_add(x, scale, offset - rounded));
+}
+
+}  // namespace vlmfast::cpu::VLMFAST_ISA

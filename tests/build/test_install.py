@@ -1,0 +1,127 @@
+"""Installation without a compiler, and the instruction sets of the one build."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmfast.ops._dispatch import core
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that git tracks, with nothing built."""
+    folder = tmp_path_factory.mktemp("checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.split("\0"):
+        if name and not name.startswith("examples/") and (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def install(checkout: Path, target: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--verbose", "--no-deps", "--no-build-isolation", "--no-index",
+         "--target", str(target), str(checkout)],
+        capture_output=True, text=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+USE = """
+import warnings, torch, vlmfast
+from pathlib import Path
+print(Path(vlmfast.__file__).parent)
+x = torch.randn(4, 8)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        vlmfast.ops.info_nce(x, x, 2.0)
+print(len(caught), caught[0].message)
+print(vlmfast.explain("info_nce", x, x, 2.0))
+"""
+
+
+@pytest.mark.parametrize("how", ["asked for", "no tools"])
+def test_without_the_extension_it_runs_on_torch_and_says_so_once(checkout: Path, tmp_path: Path, how: str) -> None:
+    if how == "asked for":
+        install(checkout, tmp_path, VLMFAST_NO_EXT="1")
+    else:
+        log = install(checkout, tmp_path, PATH="")
+        assert "the C++ core is not built, vlmfast will run on PyTorch ops" in log
+    assert not list((tmp_path / "vlmfast").glob("_C*"))
+    done = subprocess.run(
+        [sys.executable, "-c", USE], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    where, warning, reasons = done.stdout.splitlines()
+    assert where == str(tmp_path / "vlmfast")
+    assert warning.startswith("1 vlmfast.info_nce runs on PyTorch ops (cpu: the C++ extension vlmfast._C was not built")
+    assert "'torch': None" in reasons
+
+
+def test_the_package_holds_its_data(checkout: Path, tmp_path: Path) -> None:
+    install(checkout, tmp_path, VLMFAST_NO_EXT="1")
+    assert (tmp_path / "vlmfast" / "py.typed").exists()
+    assert (tmp_path / "vlmfast" / "data" / "tokenizer" / "tokenizer.json").exists()
+    packaged = {str(p.relative_to(tmp_path)) for p in (tmp_path / "vlmfast").rglob("*.py")}
+    assert packaged == {str(p.relative_to(checkout)) for p in (checkout / "vlmfast").rglob("*.py")}
+
+
+def test_a_required_extension_that_cannot_be_built_is_an_error(checkout: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"the C\+\+ core was not built"):
+        install(checkout, tmp_path, PATH="", VLMFAST_REQUIRE_EXT="1")
+
+
+SUPPORTED = {"default": "baseline", "avx2": "avx2", "avx512": "avx512"}
+LEVELS = ["DEFAULT", "AVX2", "AVX512"]
+
+ISA = """
+import torch
+from torch.nn import functional as F
+from vlmfast import _C
+from vlmfast.ops.info_nce import info_nce, reference
+torch.manual_seed(0)
+x, y = (F.normalize(torch.randn(300, 70), dim=1).requires_grad_() for _ in range(2))
+s = torch.tensor(60.0, requires_grad=True)
+for recompute in (False, True):
+    ours = torch.autograd.grad(info_nce(x, y, s, recompute=recompute), (x, y, s))
+    exact = torch.autograd.grad(reference(x.double(), y.double(), s.double()), (x, y, s))
+    for a, b in zip(ours, exact):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+print(_C.build_info()["cpu_isa"])
+"""
+
+
+@pytest.mark.skipif(core is None, reason="the C++ extension was not built")
+@pytest.mark.parametrize("capability", list(SUPPORTED))
+def test_every_instruction_set_of_the_one_build(run_python, capability: str) -> None:
+    highest = torch.backends.cpu.get_cpu_capability().removesuffix("_AMX")
+    if highest in LEVELS and capability.upper() in LEVELS[LEVELS.index(highest) + 1 :]:
+        pytest.skip(f"this processor has no {capability}; tests/kernels/test_simd.py runs its vector width without it")
+    used = run_python(ISA, ATEN_CPU_CAPABILITY=capability).strip()
+    assert used == (SUPPORTED[capability] if highest in LEVELS else "baseline")
+
+
+@pytest.mark.skipif(core is None, reason="the C++ extension was not built")
+def test_without_onednn_the_tiles_run_on_atens_product(run_python) -> None:
+    program = "import torch; torch.backends.mkldnn.enabled = False\n" + ISA + "print(_C.build_info()['brgemm'])"
+    assert run_python(program).split()[-1] == "False"
+
+
+def test_nothing_asks_what_the_build_host_can_do() -> None:
+    for name in ("CMakeLists.txt", "setup.py"):
+        text = (ROOT / name).read_text()
+        assert "native" not in text
+        assert "cpuinfo" not in text

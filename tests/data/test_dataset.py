@@ -1,0 +1,168 @@
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from vlmfast.data import EpochSampler, ImageTextDataset, Sample, eval_transform, train_transform
+
+
+@pytest.fixture
+def faulty(write_tar, png, tmp_path):
+    """Paths of two shards: 24 pairs, of which 8 are good and 16 are faulty in eight ways; the second is cut short."""
+    jpeg = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(jpeg, "JPEG")
+    members = {}
+    for n in range(0, 24, 3):
+        members |= {f"{n}.png": png(n, (20, 16)), f"{n}.txt": f"caption {n}".encode()}
+    members |= {"1.png": png(1)[:60], "1.txt": b"truncated image"}
+    members |= {"2.jpg": jpeg.getvalue()[:400], "2.txt": b"truncated image"}
+    members |= {"4.webp": b"<html>not found</html>", "4.txt": b"no image at all"}
+    members |= {"5.png": b"", "5.txt": b"no bytes"}
+    members |= {"7.png": png(7), "7.txt": b""}
+    members |= {"8.png": png(8), "8.txt": b" \n\t "}
+    members |= {"10.png": png(10), "10.json": b'{"caption": "  "}'}
+    members |= {"11.png": png(11)}
+    members |= {"13.png": png(13), "13.json": b'{"title": "x"}'}
+    members |= {"14.png": png(14), "14.json": b'{"caption": "x"'}
+    members |= {"16.png": png(16), "16.json": b'{"caption": null}'}
+    members |= {"17.png": png(17), "17.json": b'["caption"]'}
+    members |= {"19.png": png(19), "19.json": b'{"caption": ["x"]}'}
+    members |= {"20.png": png(20), "20.txt": b"caf\xe9"}
+    members |= {"22.png": png(22), "22.json": b'{"caption": "\\ud83d"}'}
+    members |= {"23.png": png(23), "23.json": b"[" * 100000}
+    paths = [write_tar(f"s{n}.tar", dict(list(members.items())[n * 24 : n * 24 + 24])) for n in range(2)]
+    with open(paths[1], "r+b") as file:
+        file.truncate(len(file.read().rstrip(b"\0")))
+    return paths
+
+
+EXPECTED = {"corrupt image": 4, "empty caption": 3, "missing caption": 9, "truncated shard": 1}
+
+
+@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (2, "spawn")])
+def test_faults_are_skipped_and_counted_once_wherever_they_are_read(faulty, workers, context):
+    dataset = ImageTextDataset(faulty, transform=train_transform(12, flip=0.5), seed=5)
+    assert len(dataset) == 24
+    assert dataset[0] is not None  # opens the first shard before workers fork
+    assert dataset.skipped() == {"truncated shard": 1}
+    sampler = EpochSampler(len(dataset), seed=5)
+    loader = DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=4,
+        collate_fn=list,
+        num_workers=workers,
+        multiprocessing_context=context,
+        persistent_workers=workers > 0,
+    )
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        samples = [sample for batch in loader for sample in batch]
+        assert dataset.skipped() == EXPECTED
+        alone = ImageTextDataset(faulty, transform=train_transform(12, flip=0.5), seed=5)
+        for position, sample in zip(sampler, samples, strict=True):
+            expected = alone[position]
+            assert (sample is None) == (expected is None)
+            if sample is not None:
+                assert torch.equal(sample.image, expected.image)
+                assert (sample.key, sample.caption) == (expected.key, expected.caption)
+        assert sum(sample is not None for sample in samples) == 8
+
+
+def test_counts_serialise_and_belong_to_one_dataset(faulty):
+    dataset = ImageTextDataset(faulty, transform=eval_transform(12))
+    for index in range(len(dataset)):
+        dataset[index]
+    assert json.loads(json.dumps(dataset.skipped())) == EXPECTED
+    assert ImageTextDataset(faulty, transform=eval_transform(12)).skipped() == {"truncated shard": 1}
+
+
+@pytest.fixture
+def dataset(write_tar, png):
+    members = {}
+    for n in range(6):
+        members |= {f"{n}.png": png(n, (40, 32)), f"{n}.txt": f"caption {n}".encode()}
+    return ImageTextDataset(write_tar("a.tar", members), transform=train_transform(16), seed=1)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(dataset):
+    first = dataset[0, 2].image
+    assert torch.equal(first, dataset[2].image)  # epoch 0
+    dataset[4, 5], dataset[1]
+    assert torch.equal(first, dataset[0, 2].image)
+    assert not torch.equal(first, dataset[1, 2].image)
+    other = pickle.loads(pickle.dumps(dataset))
+    other.seed = 2
+    assert not torch.equal(first, other[0, 2].image)
+
+
+def test_two_indices_of_one_image_are_augmented_apart(write_tar, png):
+    same = png(0, (40, 32))
+    path = write_tar("a.tar", {"0.png": same, "0.txt": b"x", "1.png": same, "1.txt": b"x"})
+    dataset = ImageTextDataset(path, transform=train_transform(16))
+    assert not torch.equal(dataset[0].image, dataset[1].image)
+
+
+def test_a_sample_is_what_was_written(write_tar, png):
+    path = write_tar("a.tar", {"k.png": png(3), "k.json": b'{"caption": "a", "category": "b"}'})
+    sample = ImageTextDataset(path, transform=eval_transform(8))[0]
+    assert isinstance(sample, Sample)
+    assert (sample.caption, sample.key, sample.category) == ("a", "k", "b")
+    np.testing.assert_array_equal(sample.image, np.asarray(Image.open(io.BytesIO(png(3)))))
+
+
+def test_any_callable_is_a_transform(write_tar, png):
+    path = write_tar("a.tar", {"k.png": png(3), "k.txt": b"x"})
+    dataset = ImageTextDataset(path, transform=lambda image, generator: torch.tensor(np.array(image)[:2]))
+    assert dataset[0].image.shape == (2, 8, 3)
+
+
+def test_an_error_of_the_transform_is_not_taken_for_a_corrupt_image(write_tar, png):
+    def broken(image, generator):
+        raise ValueError("a bug")
+
+    path = write_tar("a.tar", {"k.png": png(3), "k.txt": b"x"})
+    with pytest.raises(ValueError, match="a bug"):
+        ImageTextDataset(path, transform=broken)[0]
+
+
+def test_pickling_a_dataset_in_use(dataset):
+    dataset[0]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert len(copy) == 6
+    assert all(torch.equal(copy[n].image, dataset[n].image) for n in range(6))
+    assert copy.metadata(5) == ("5", "caption 5", None)
+
+
+def test_relative_paths_survive_a_change_of_folder(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = ImageTextDataset("a.tar", transform=eval_transform(8))
+    monkeypatch.chdir("/")
+    assert relative[0].caption == "caption 0"
+
+
+def test_metadata_does_not_decode(faulty):
+    dataset = ImageTextDataset(faulty, transform=eval_transform(8))
+    captions = {dataset.metadata(n)[0]: dataset.metadata(n)[1] for n in range(24)}
+    assert captions["4"] == "no image at all"
+    assert captions["7"] is None
+    assert captions["11"] is None
+    assert dataset.skipped() == {"truncated shard": 1}
+
+
+@pytest.mark.parametrize("index", [-1, 6])
+def test_an_index_out_of_range_raises(dataset, index):
+    with pytest.raises(IndexError, match=f"index: expected 0 to 5, got {index}"):
+        dataset[index]
+    with pytest.raises(IndexError, match=f"index: expected 0 to 5, got {index}"):
+        dataset.metadata(index)
+
+
+def test_a_negative_seed_is_refused(dataset):
+    with pytest.raises(ValueError, match="seed: expected at least 0, got -1"):
+        ImageTextDataset(".", transform=eval_transform(8), seed=-1)

@@ -1,0 +1,160 @@
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance
+
+from vlmfast.data import eval_transform, train_transform
+from vlmfast.data.transforms import _jitter
+
+
+def random_image(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def generator(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (91, 64), (64, 91), (10, 300), (1, 1)])
+@pytest.mark.parametrize(
+    "transform", [train_transform(32), train_transform(32, flip=0.5, jitter=0.4), eval_transform(32)]
+)
+def test_output_is_uint8_nhwc(transform, size):
+    output = transform(random_image(*size), generator())
+    assert output.shape == (32, 32, 3)
+    assert output.dtype == torch.uint8
+    assert output.is_contiguous()
+
+
+@pytest.mark.parametrize("transform", [train_transform(2), eval_transform(2)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "CMYK", "1", "I;16"])
+def test_images_of_any_mode_are_taken(transform, mode):
+    assert transform(Image.new(mode, (4, 4)), generator()).shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("transform", [train_transform(4, scale=(1, 1), ratio=(1, 1)), eval_transform(4)])
+def test_transparency_is_composited_on_white(transform):
+    assert transform(Image.new("RGBA", (4, 4), (9, 9, 9, 0)), generator()).unique().tolist() == [255]
+
+
+def test_eval_leaves_an_image_of_the_right_size_alone():
+    image = random_image(48, 48)
+    np.testing.assert_array_equal(eval_transform(48)(image, generator()), np.asarray(image))
+
+
+@pytest.mark.parametrize(("width", "height", "box"), [(53, 48, (2, 0, 50, 48)), (48, 61, (0, 6, 48, 54))])
+def test_eval_crops_without_resampling_when_the_shorter_side_is_right(width, height, box):
+    image = random_image(width, height)
+    np.testing.assert_array_equal(eval_transform(48)(image, generator()), np.asarray(image.crop(box)))
+
+
+def test_eval_equals_resize_then_centre_crop():
+    image = random_image(200, 100)
+    expected = image.resize((100, 50), Image.Resampling.BICUBIC).crop((25, 0, 75, 50))
+    np.testing.assert_array_equal(eval_transform(50)(image, generator()), np.asarray(expected))
+
+
+def test_a_full_crop_of_the_right_size_is_the_image():
+    image = random_image(32, 32)
+    output = train_transform(32, scale=(1, 1), ratio=(1, 1))(image, generator())
+    np.testing.assert_array_equal(output, np.asarray(image))
+
+
+def test_train_depends_on_the_generator_only():
+    transform, image = train_transform(32, flip=0.5, jitter=0.4), random_image(64, 48)
+    first = transform(image, generator(1))
+    np.random.seed(7)
+    torch.manual_seed(7)
+    assert torch.equal(first, transform(image, generator(1)))
+    assert not torch.equal(first, transform(image, generator(2)))
+
+
+def test_flip_mirrors_and_moves_no_other_draw():
+    image = random_image(64, 64)
+    plain, flipped = train_transform(32)(image, generator(3)), train_transform(32, flip=1.0)(image, generator(3))
+    assert torch.equal(flipped, plain.flip(1))
+    half = [train_transform(32, flip=0.5)(image, generator(seed)) for seed in range(200)]
+    unflipped = [train_transform(32)(image, generator(seed)) for seed in range(200)]
+    share = np.mean([torch.equal(a, b) for a, b in zip(half, unflipped, strict=True)])
+    assert 0.3 < share < 0.7  # 0.5 with a standard deviation of 0.035
+
+
+def test_jitter_equals_pil_where_nothing_clips():
+    image = Image.fromarray(np.random.default_rng(0).integers(100, 140, (16, 16, 3), dtype=np.uint8))
+    expected = ImageEnhance.Color(image).enhance(1.3)
+    expected = ImageEnhance.Contrast(expected).enhance(0.7)
+    expected = ImageEnhance.Brightness(expected).enhance(1.2)
+    difference = np.asarray(_jitter(image, 1.2, 0.7, 1.3)).astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= 3  # PIL truncates to 8 bits after each of its three steps
+
+
+def test_jitter_is_the_identity_at_one_and_clips_at_the_ends():
+    image = random_image(16, 16)
+    np.testing.assert_array_equal(_jitter(image, 1.0, 1.0, 1.0), np.asarray(image))
+    assert np.asarray(_jitter(image, 50.0, 1.0, 1.0)).max() == 255
+    assert np.asarray(_jitter(image, 0.0, 1.0, 1.0)).max() == 0
+    assert np.ptp(np.asarray(_jitter(image, 1.0, 1.0, 0.0)), axis=2).max() == 0
+    assert np.ptp(np.asarray(_jitter(image, 1.0, 0.0, 1.0))) == 0
+
+
+def test_jitter_stays_within_its_range():
+    image = Image.new("RGB", (8, 8), (100, 100, 100))  # on plain grey only brightness shows
+    levels = [int(train_transform(8, jitter=0.2)(image, generator(seed))[0, 0, 0]) for seed in range(200)]
+    assert 80 <= min(levels) < 85
+    assert 115 < max(levels) <= 120
+
+
+unit = st.floats(0, 1, exclude_max=True)
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.lists(unit, min_size=4, max_size=4))
+def test_crops_lie_inside_with_area_and_ratio_in_range(width, height, draws):
+    left, top, right, bottom = train_transform(8, scale=(0.3, 0.9), ratio=(0.5, 1.5))._crop(width, height, *draws)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    w, h = right - left, bottom - top
+    assert 0.5 - 1e-9 <= w / h <= 1.5 + 1e-9
+    assert w * h <= 0.9 * width * height * (1 + 1e-9)
+    touches = math.isclose(w, width) or math.isclose(h, height)
+    assert touches or w * h >= 0.3 * width * height * (1 - 1e-9)
+
+
+@given(st.integers(0, 300), st.booleans(), st.lists(unit, min_size=4, max_size=4))
+def test_min_side_leaves_every_crop_enough_pixels(longer, tall, draws):
+    transform = train_transform(40)
+    size = [transform.min_side, transform.min_side + longer]
+    left, top, right, bottom = transform._crop(*(size if tall else size[::-1]), *draws)
+    assert min(right - left, bottom - top) >= 40 - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"image_size": 0}, "image_size"),
+        ({"image_size": 2.5}, "image_size"),
+        ({"scale": (0.0, 1.0)}, "scale"),
+        ({"scale": (0.9, 0.5)}, "scale"),
+        ({"scale": (0.5, 1.5)}, "scale"),
+        ({"ratio": (2.0, 1.0)}, "ratio"),
+        ({"flip": 1.5}, "flip"),
+        ({"jitter": -0.1}, "jitter"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        train_transform(**{"image_size": 8, **arguments})
+
+
+def test_eval_size_is_checked():
+    with pytest.raises(ValueError, match=r"^image_size: expected a positive int, got -1"):
+        eval_transform(-1)
+
+
+@pytest.mark.parametrize("transform", [train_transform(8, flip=0.5), eval_transform(8)])
+def test_transforms_pickle(transform):
+    assert pickle.loads(pickle.dumps(transform)) == transform

@@ -1,0 +1,119 @@
+"""Plain-coloured images captioned with their colour, and a model that knows the colours."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from vlmfast.data import ImageTextDataset, eval_transform
+
+COLOURS = {
+    "red": (255, 30, 0),
+    "orange": (255, 130, 20),
+    "yellow": (255, 255, 40),
+    "green": (10, 200, 60),
+    "cyan": (0, 220, 255),
+    "blue": (20, 40, 255),
+}
+WARM, COLD = ("red", "orange", "yellow"), ("green", "cyan", "blue")
+WORDS = ["<pad>", "<unk>", *COLOURS, "warm", "cold"]
+
+Member = tuple[str, bytes]
+
+
+def png(colour: tuple[int, int, int], size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pair(key: str, colour: str, caption: str, *, categorised: bool = True) -> list[Member]:
+    record = {"caption": caption}
+    if categorised:
+        record["category"] = "warm" if colour in WARM else "cold"
+    return [(f"{key}.png", png(COLOURS[colour])), (f"{key}.json", json.dumps(record).encode())]
+
+
+class ColourModel(nn.Module):
+    """Features are centred colours; `table` gives each token its colour, zero to words that name none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rows = [COLOURS.get(word, (127.5, 127.5, 127.5)) for word in WORDS]
+        self.table = nn.Parameter(self.centre(torch.tensor(rows)))
+        with torch.no_grad():
+            for name, members in (("warm", WARM), ("cold", COLD)):
+                self.table[WORDS.index(name)] = self.table[[WORDS.index(word) for word in members]].mean(dim=0)
+        self.frozen = nn.Dropout(0.5).eval()
+        self.dropout = nn.Dropout(0.5)
+
+    @staticmethod
+    def centre(colours: torch.Tensor) -> torch.Tensor:
+        return colours.float() / 127.5 - 1
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        assert pixel_values.dtype == torch.uint8
+        return self.dropout(nn.functional.normalize(self.centre(pixel_values).mean(dim=(1, 2)), dim=-1))
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize((self.table[input_ids] * attention_mask[..., None]).sum(dim=1), dim=-1)
+
+
+@pytest.fixture
+def model() -> ColourModel:
+    return ColourModel()
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.fixture
+def write_dataset(tmp_path: Path) -> Callable[[list[Member]], ImageTextDataset]:
+    def write(members: list[Member]) -> ImageTextDataset:
+        path = tmp_path / "pairs-000.tar"
+        with tarfile.open(path, "w") as tar:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return ImageTextDataset(str(path), transform=eval_transform(8))
+
+    return write
+
+
+@pytest.fixture
+def write_pairs(write_dataset: Callable[[list[Member]], ImageTextDataset]) -> Callable[..., ImageTextDataset]:
+    """write_pairs((colour, caption), ...); the first `uncategorised` of them carry no category."""
+
+    def write(*pairs: tuple[str, str], uncategorised: int = 0) -> ImageTextDataset:
+        return write_dataset(
+            [
+                member
+                for index, (colour, caption) in enumerate(pairs)
+                for member in pair(f"{index:02}", colour, caption, categorised=index >= uncategorised)
+            ]
+        )
+
+    return write
+
+
+@pytest.fixture
+def colours(write_dataset: Callable[[list[Member]], ImageTextDataset]) -> ImageTextDataset:
+    """One pair of each colour, three samples among them that cannot be used."""
+    members = [member for index, colour in enumerate(COLOURS) for member in pair(f"{index}", colour, colour)]
+    broken = pair("0b", "red", "red")
+    broken[0] = ("0b.png", png(COLOURS["red"])[:40])
+    empty = pair("2b", "red", "") + pair("2c", "red", " ")
+    return write_dataset(members[:2] + broken + members[2:6] + empty + members[6:])

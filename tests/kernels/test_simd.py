@@ -1,0 +1,163 @@
+"""The CPU kernels at every vector width, also at widths that this processor has no registers for."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "csrc" / "cpu" / "info_nce.cpp"
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+# A C interface to the table of function pointers, in the order of InfoNceKernels.
+DRIVER = """
+#include "{source}"
+using namespace vlmfast::cpu;
+extern "C" {{
+void exp_sums(float* t, int64_t st, int64_t r, int64_t c, float s, float u, double* rs, double* cs)
+{{ {isa}::info_nce.exp_sums(t, st, r, c, s, u, rs, cs); }}
+void online_sums(float* t, int64_t st, int64_t r, int64_t c, float s, float* rm, double* rs, float* cm, double* cs)
+{{ {isa}::info_nce.online_sums(t, st, r, c, s, rm, rs, cm, cs); }}
+void gradient_from_exp(float* t, int64_t st, int64_t r, int64_t c, float* rf, float* cf)
+{{ {isa}::info_nce.gradient_from_exp(t, st, r, c, rf, cf); }}
+void gradient_from_dot(float* t, int64_t st, int64_t r, int64_t c, float s, float u, float* rf, float* cf)
+{{ {isa}::info_nce.gradient_from_dot(t, st, r, c, s, u, rf, cf); }}
+void gradient_two_shifts(float* t, int64_t st, int64_t r, int64_t c, float s, float* rm, float* rf, float* cm,
+ float* cf)
+{{ {isa}::info_nce.gradient_two_shifts(t, st, r, c, s, rm, rf, cm, cf); }}
+void round_to_bf16(float* t, int64_t st, int64_t r, int64_t c, uint16_t* o, int64_t os)
+{{ {isa}::info_nce.round_to_bf16(t, st, r, c, o, os); }}
+double dot(float* a, float* b, int64_t n) {{ return {isa}::info_nce.dot(a, b, n); }}
+void transpose(float* t, int64_t st, int64_t r, int64_t c, float* o, int64_t os)
+{{ {isa}::info_nce.transpose(t, st, r, c, o, os); }}
+}}
+"""
+
+
+@pytest.fixture(scope="module", params=[("baseline", 4), ("avx2", 8), ("avx512", 16)], ids=lambda p: f"width{p[1]}")
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """No -m flag: the compiler makes a wide vector of what registers there are, with the same lanes and code."""
+    isa, width = request.param
+    folder = tmp_path_factory.mktemp(isa)
+    (folder / "driver.cpp").write_text(DRIVER.format(source=SOURCE, isa=isa))
+    library = folder / "driver.so"
+    subprocess.run(
+        [COMPILER, "-O2", "-std=c++20", "-shared", "-fPIC", "-w", f"-I{SOURCE.parent}", f"-DVLMFAST_ISA={isa}",
+         f"-DVLMFAST_SIMD_WIDTH={width}", str(folder / "driver.cpp"), "-o", str(library)],
+        check=True,
+    )  # fmt: skip
+    loaded = ctypes.CDLL(str(library))
+    loaded.dot.restype = ctypes.c_double
+    return loaded
+
+
+def call(function, *arguments):
+    converted = []
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            converted.append(argument.ctypes.data_as(ctypes.c_void_p))
+        elif isinstance(argument, float):
+            converted.append(ctypes.c_float(argument))
+        else:
+            converted.append(ctypes.c_int64(argument))
+    return function(*converted)
+
+
+SHAPES = [(1, 1), (3, 7), (2, 16), (5, 17), (128, 128), (9, 255)]
+STRIDE = 256
+
+
+def tile(rows: int, cols: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, (rows, STRIDE)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_exp_sums(kernels, rows: int, cols: int) -> None:
+    x, scale, shift = tile(rows, cols), 144.25, 43.0
+    e = x.copy()
+    row, col = np.ones(rows), np.ones(cols)
+    call(kernels.exp_sums, e, STRIDE, rows, cols, scale, shift, row, col)
+    exact = np.exp2(x[:, :cols].astype(np.float64) * scale - shift)
+    # Two roundings of |x * scale| <= 145 where the compiler has no fused multiply-add.
+    np.testing.assert_allclose(e[:, :cols], np.where(exact < 2.0**-125, 0, exact), rtol=2e-5, atol=2.0**-125)
+    np.testing.assert_allclose(row, 1 + exact.sum(1), rtol=2e-5)
+    np.testing.assert_allclose(col, 1 + exact.sum(0), rtol=2e-5)
+    assert np.array_equal(e[:, cols:], x[:, cols:])  # nothing past the end is touched
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_online_sums_over_two_tiles(kernels, rows: int, cols: int) -> None:
+    tiles, scale = [tile(rows, cols, 1), tile(rows, cols, 2)], 2000.0
+    row_max, row = np.full(rows, -np.inf, np.float32), np.zeros(rows)
+    col_max, col = np.full(cols, -np.inf, np.float32), np.zeros(cols)
+    for x in tiles:  # two tiles of the same rows and columns
+        call(kernels.online_sums, x, STRIDE, rows, cols, scale, row_max, row, col_max, col)
+    logits = np.stack([x[:, :cols].astype(np.float64) * scale for x in tiles])
+    for axis, maximum, total in (((0, 2), row_max, row), ((0, 1), col_max, col)):
+        top = logits.max(axis, keepdims=True)
+        exact = np.log2(np.exp2(logits - top).sum(axis)) + top.squeeze(axis)
+        np.testing.assert_allclose(np.log2(total) + maximum, exact, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_gradients(kernels, rows: int, cols: int) -> None:
+    x, scale, shift = tile(rows, cols), 30.0, 5.0
+    rng = np.random.default_rng(3)
+    row_factor, col_factor = rng.random(rows, np.float32), rng.random(cols, np.float32)
+    row_shift, col_shift = np.full(rows, 7, np.float32), np.full(cols, 9, np.float32)
+    col_shift[::3], col_factor[::3] = np.inf, 0  # columns without a softmax of their own
+    logits = x[:, :cols].astype(np.float64) * scale
+
+    kept, streamed, two = np.abs(x), x.copy(), x.copy()
+    call(kernels.gradient_from_exp, kept, STRIDE, rows, cols, row_factor, col_factor)
+    np.testing.assert_allclose(kept[:, :cols], np.abs(x[:, :cols]) * (row_factor[:, None] + col_factor), rtol=1e-6)
+    call(kernels.gradient_from_dot, streamed, STRIDE, rows, cols, scale, shift, row_factor, col_factor)
+    expected = np.exp2(logits - shift) * (row_factor[:, None] + col_factor)
+    np.testing.assert_allclose(streamed[:, :cols], expected, rtol=1e-5)
+    call(kernels.gradient_two_shifts, two, STRIDE, rows, cols, scale, row_shift, row_factor, col_shift, col_factor)
+    expected = np.exp2(logits - 7) * row_factor[:, None] + np.exp2(logits - col_shift) * col_factor
+    np.testing.assert_allclose(two[:, :cols], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, -1e30])
+def test_values_out_of_range(kernels, value: float) -> None:
+    x = np.full((1, STRIDE), value, np.float32)
+    row, col = np.zeros(1), np.zeros(19)
+    call(kernels.exp_sums, x, STRIDE, 1, 19, 10.0, 3.0, row, col)
+    expected = np.nan if np.isnan(value) else np.inf if value > 0 else 0.0
+    np.testing.assert_array_equal(x[0, :19], np.full(19, expected))
+    np.testing.assert_array_equal(row, [expected])
+
+
+@pytest.mark.parametrize("count", [1, 15, 1024, 5000])
+def test_dot(kernels, count: int) -> None:
+    a, b = (np.random.default_rng(k).standard_normal(count).astype(np.float32) for k in (0, 1))
+    exact = np.dot(a.astype(np.float64), b)
+    assert abs(call(kernels.dot, a, b, count) - exact) < 1e-6 * np.abs(a * b).sum()
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_transpose(kernels, rows: int, cols: int) -> None:
+    x, out = tile(rows, cols), np.zeros((STRIDE, STRIDE), np.float32)
+    call(kernels.transpose, x, STRIDE, rows, cols, out, STRIDE)
+    assert np.array_equal(out[:cols, :rows], x[:, :cols].T)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (5, 17), (40, 255), (128, 128)])
+def test_round_to_bf16_in_place(kernels, rows: int, cols: int) -> None:
+    import torch
+
+    x = tile(rows, cols) * np.float32(3.7)
+    x[0, 0] = np.nan if rows > 1 else 1 + 2.0**-8  # a tie, which goes to the even neighbour
+    expected = torch.from_numpy(x[:, :cols].copy()).bfloat16()
+    call(kernels.round_to_bf16, x, STRIDE, rows, cols, x, STRIDE)
+    got = torch.from_numpy(x.view(np.int16).reshape(-1)[: rows * STRIDE].reshape(rows, STRIDE).copy()).view(
+        torch.bfloat16
+    )
+    torch.testing.assert_close(got[:, :cols], expected, rtol=0, atol=0, equal_nan=True)
+    assert not got[:, cols:].any()

@@ -1,0 +1,142 @@
+"""The map-style dataset over every source of image-text pairs."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vlmfast.data.files import FolderPairs, TablePairs
+from vlmfast.data.images import decode_image
+from vlmfast.data.records import Pairs
+from vlmfast.data.shards import ShardPairs
+from vlmfast.data.transforms import Transform
+
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+SKIPPED = ("corrupt image", "empty caption", "missing caption")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image-text pair; `image` is uint8 (H, W, 3), `caption` is neither empty nor padded with white space."""
+
+    image: Tensor
+    caption: str
+    key: str
+    category: str | None
+
+
+class ImageTextDataset(Dataset[Sample | None]):
+    """Image-text pairs on local files, indexed once and read at random.
+
+    `dataset[index]`, or `dataset[epoch, index]` as `EpochSampler` yields it, is a `Sample`, or None where the pair
+    cannot be used; `skipped()` counts those. Augmentation depends on (seed, epoch, index) only, so neither the number
+    of workers nor a resumed run changes it.
+
+    Args:
+        source: tar shards in webdataset's layout, as a path, a glob, a comma-separated list of those, or a sequence
+            of those; or one .csv or .tsv file with columns path and caption, and optionally category; or one folder
+            of images, each beside a .txt or .json of the same stem. A JSON file holds "caption" and optionally
+            "category".
+        transform: see `Transform`; called with an upright RGB image.
+        seed: of the augmentation, at least 0.
+    Raises:
+        FileNotFoundError: nothing is there, or a table names an image that is not.
+        PermissionError: a file may not be read.
+        ValueError: the source holds no pairs, or is none of the above; the message names the path.
+        TypeError: source is neither a path nor a sequence of paths.
+    """
+
+    def __init__(self, source: Source, *, transform: Transform, seed: int = 0) -> None:
+        if seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {seed}")
+        self.transform = transform
+        self.seed = seed
+        self._pairs = _open_source(source)
+        # One byte per pair, 0 or 1 + position in SKIPPED; shared memory, as worker processes write it.
+        self._status = torch.zeros(len(self._pairs), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, position: int | tuple[int, int]) -> Sample | None:
+        epoch, index = position if isinstance(position, tuple) else (0, position)
+        self._check_index(index)
+        caption, category = self._pairs.caption_and_category(index)
+        if caption is None:
+            self._skip(index, "missing caption")
+            return None
+        if not caption:
+            self._skip(index, "empty caption")
+            return None
+        data = self._pairs.image(index)
+        try:
+            image = decode_image(data, min_side=getattr(self.transform, "min_side", None))
+        except ValueError:
+            self._skip(index, "corrupt image")
+            return None
+        generator = np.random.default_rng((self.seed, epoch, index))
+        return Sample(self.transform(image, generator), caption, self._pairs.key(index), category)
+
+    def metadata(self, index: int) -> tuple[str, str | None, str | None]:
+        """(key, caption, category) without decoding the image; the caption is None where it is missing or empty."""
+        self._check_index(index)
+        caption, category = self._pairs.caption_and_category(index)
+        return self._pairs.key(index), caption or None, category
+
+    def skipped(self) -> Counter[str]:
+        """Counts by reason of what could not be used so far, reasons that did not occur left out.
+
+        "corrupt image", "empty caption" and "missing caption" count samples asked for, by this process and its data
+        loader workers, each once however often; "truncated shard" and "missing image" (a caption file that no image
+        goes with) were counted when the source was indexed.
+        """
+        counts = Counter(self._pairs.faults)
+        for code, reason in enumerate(SKIPPED, start=1):
+            counts[reason] = int((self._status == code).sum())
+        return +counts
+
+    def _skip(self, index: int, reason: str) -> None:
+        self._status[index] = 1 + SKIPPED.index(reason)
+
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+
+
+def _open_source(source: Source) -> Pairs:
+    if isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        if os.path.isdir(path):
+            return FolderPairs(path)
+        if path.lower().endswith((".csv", ".tsv")):
+            return TablePairs(path)
+        parts = [path] if os.path.exists(path) else path.split(",")
+    elif isinstance(source, Sequence) and all(isinstance(part, str | os.PathLike) for part in source):
+        parts = [os.fspath(part) for part in source]
+    else:
+        raise TypeError(f"source: expected a path or a sequence of paths, got {source!r}")
+    paths = [path for part in parts for path in _expand(part.strip())]
+    pairs = ShardPairs(paths) if paths else None
+    if not pairs:
+        raise ValueError(
+            f"source: {source!r} holds no image-text pairs; expected tar members key.webp, .jpg, .jpeg or .png, "
+            "with key.txt or key.json beside them"
+        )
+    return pairs
+
+
+def _expand(part: str) -> list[str]:
+    paths = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
+    if not paths:
+        raise FileNotFoundError(
+            f"source: {part!r} is no file or folder and, as a glob, matches nothing; expected tar shards, a .csv or "
+            ".tsv file, or a folder of images"
+        )
+    return paths

@@ -1,0 +1,80 @@
+"""Captions to token ids, samples to batches."""
+
+from collections.abc import Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlmfast.data.dataset import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUNDLED = Path(__file__).parent / "tokenizer"
+
+
+class Collator:
+    """A list of samples to one batch; skipped samples (None) are left out.
+
+    The batch is the model's keyword arguments and nothing else: `pixel_values` uint8 (B, H, W, 3), `input_ids` int64
+    (B, L) and `attention_mask` int64 (B, L), where L is the longest caption of the batch and at most `max_length`.
+    What a longer caption loses are text tokens: the special tokens that the tokenizer adds, such as the end token
+    whose position text towers pool, stay.
+
+    Args:
+        tokenizer: a transformers tokenizer with a padding token.
+        max_length: limit on tokens per caption, special tokens included.
+    Raises:
+        ValueError: the tokenizer has no padding token; max_length leaves no room for a text token; in a call, when
+            every sample of the batch was skipped.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, max_length: int) -> None:
+        if tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer: expected one with a padding token, got pad_token None")
+        special = tokenizer.num_special_tokens_to_add()
+        if max_length <= special:
+            raise ValueError(f"max_length: expected more than the {special} special tokens, got {max_length}")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
+        kept = [sample for sample in samples if sample is not None]
+        if not kept:
+            raise ValueError(
+                f"samples: all {len(samples)} of the batch were skipped; expected a usable one, see `dataset.skipped()`"
+            )
+        tokens: Any = self.tokenizer(
+            [sample.caption for sample in kept],
+            padding="longest",
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return {
+            "pixel_values": torch.stack([sample.image for sample in kept]),
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+        }
+
+
+def load_tokenizer(name_or_path: str | PathLike[str] | None = None) -> "PreTrainedTokenizerBase":
+    """A transformers tokenizer by folder or hub name; None gives the bundled byte-level BPE.
+
+    Raises:
+        ValueError: there is no tokenizer of that name.
+    """
+    from transformers import AutoTokenizer
+
+    name = BUNDLED if name_or_path is None else name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(fspath(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"name_or_path: no tokenizer at {fspath(name)!r}; expected a folder that save_pretrained wrote, a name on "
+            "the Hugging Face hub (cached when offline), or None for the bundled tokenizer"
+        ) from error

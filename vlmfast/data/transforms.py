@@ -1,0 +1,143 @@
+"""Augmentation: PIL image to uint8 pixels. Randomness comes from the generator that is passed in, and nowhere else."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmfast.data.images import to_rgb
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL's "L"
+
+
+# (image of any mode and size, generator) -> uint8 (H, W, 3). It may have an attribute `min_side`: then a JPEG can come
+# decoded at a fraction of its size, its sides still at least that many pixels.
+Transform = Callable[[Image.Image, np.random.Generator], Tensor]
+
+
+def train_transform(
+    image_size: int,
+    *,
+    scale: tuple[float, float] = (0.6, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.0,
+    jitter: float = 0.0,
+) -> Transform:
+    """Random resized crop, then optionally a horizontal flip and colour jitter.
+
+    Args:
+        image_size: side of the square output, pixels.
+        scale: range of the crop's area as a fraction of the image's. A crop that would stick out is shrunk, its ratio
+            kept, so on elongated images the area can be smaller.
+        ratio: range of the crop's width / height, log-uniform.
+        flip: probability of a left-right flip. Zero by default: captions name sides and images show text.
+        jitter: brightness, contrast and saturation are each scaled by a factor uniform in [1 - jitter, 1 + jitter].
+    Returns:
+        A picklable (PIL image, generator) -> uint8 (image_size, image_size, 3).
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+    _check_size(image_size)
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale: expected 0 < low <= high <= 1, got {scale}")
+    if not 0 < ratio[0] <= ratio[1] < math.inf:
+        raise ValueError(f"ratio: expected 0 < low <= high, got {ratio}")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip: expected a probability, got {flip}")
+    if not 0 <= jitter <= 1:
+        raise ValueError(f"jitter: expected a number in [0, 1], got {jitter}")
+    return _TrainTransform(image_size, scale, ratio, flip, jitter)
+
+
+def eval_transform(image_size: int) -> Transform:
+    """Resize the shorter side to `image_size` and crop the centre; pixels are untouched when the size is right already.
+
+    Returns:
+        A picklable (PIL image, generator) -> uint8 (image_size, image_size, 3); the generator is not used.
+    Raises:
+        ValueError: image_size is not a positive int.
+    """
+    _check_size(image_size)
+    return _EvalTransform(image_size)
+
+
+@dataclass(frozen=True)
+class _TrainTransform:
+    image_size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+    jitter: float
+
+    @property
+    def min_side(self) -> int:
+        """The image side at which the smallest crop still has `image_size` pixels."""
+        narrowest = min(self.ratio[0], 1 / self.ratio[1])
+        return math.ceil(self.image_size / min(math.sqrt(self.scale[0] * narrowest), narrowest))
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
+        image = to_rgb(image)
+        # All draws at once: turning one augmentation on leaves the others' numbers as they were.
+        area, shape, x, y, flip, *colour = generator.random(8).tolist()
+        box = self._crop(image.width, image.height, area, shape, x, y)
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
+        if flip < self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.jitter:
+            image = _jitter(image, *(1 + self.jitter * (2 * u - 1) for u in colour))
+        return _pixels(image)
+
+    def _crop(
+        self, width: int, height: int, area: float, shape: float, x: float, y: float
+    ) -> tuple[float, float, float, float]:
+        """The box (left, top, right, bottom) that four uniform numbers stand for."""
+        area = width * height * (self.scale[0] + area * (self.scale[1] - self.scale[0]))
+        shape = self.ratio[0] * (self.ratio[1] / self.ratio[0]) ** shape
+        w, h = math.sqrt(area * shape), math.sqrt(area / shape)
+        shrink = min(1.0, width / w, height / h)
+        w, h = min(w * shrink, width), min(h * shrink, height)
+        left, top = x * (width - w), y * (height - h)
+        return left, top, min(left + w, width), min(top + h, height)
+
+
+@dataclass(frozen=True)
+class _EvalTransform:
+    image_size: int
+
+    @property
+    def min_side(self) -> int:
+        return self.image_size
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
+        image = to_rgb(image)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        if side != self.image_size:
+            image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
+        elif image.width != image.height:
+            image = image.crop(box)
+        return _pixels(image)
+
+
+def _jitter(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
+    """Scale saturation about each pixel's grey, contrast about the mean grey, brightness about black: one matrix."""
+    offset = brightness * (1 - contrast) * float(np.asarray(image.convert("L")).mean())
+    matrix: list[float] = []
+    for row in range(3):
+        colour = [(1 - saturation) * weight + saturation * (row == column) for column, weight in enumerate(LUMA)]
+        matrix += [*(brightness * contrast * value for value in colour), offset]
+    return image.convert("RGB", tuple(matrix))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image))
+
+
+def _check_size(image_size: int) -> None:
+    if not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size: expected a positive int, got {image_size!r}")

@@ -1,0 +1,1 @@
+"""Model classes, one package per pretraining strategy and one file per model."""

@@ -1,0 +1,5 @@
+"""Modules that drop into existing training code: constructor, call and parameter names of what they replace."""
+
+from vlmfast.nn.clip_loss import ClipLoss
+
+__all__ = ["ClipLoss"]

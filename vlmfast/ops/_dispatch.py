@@ -1,0 +1,109 @@
+"""The life of an op between public function and backend: registration, autograd, choice of backend with reasons."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("vlmfast", "DEF")
+BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
+
+
+def _load_core() -> tuple[Any, str | None]:
+    """The C++ extension and None, or None and why it is not there."""
+    try:
+        core = import_module("vlmfast._C")
+    except ImportError as error:
+        return None, f"the C++ extension vlmfast._C was not built ({error}); see 'Install' in the README"
+    built_for = core.build_info()["torch"]
+    if built_for != torch.__version__:
+        return None, f"the C++ extension was built for torch {built_for}, this is {torch.__version__}; install again"
+    return core, None
+
+
+core, CORE_MISSING = _load_core()
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One backend of one op. `unsupported` looks at metadata only and returns why the backend cannot run, or None."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    unsupported: Callable[..., str | None]
+
+
+def never(*args: object) -> None:
+    """`unsupported` of a backend that runs everywhere."""
+
+
+def explain(op: str, impls: Mapping[str, Impl], *args: object) -> dict[str, str | None]:
+    """Why each backend of an op cannot run on these arguments, in order of preference; None where it can."""
+    wanted = _wanted()
+    reasons = {name: impl.unsupported(*args) for name, impl in impls.items()}
+    if wanted != "auto":
+        missing = f"{op} has no {wanted} backend"
+        reasons = {wanted: reasons.get(wanted, missing)}
+    return reasons
+
+
+def choose(op: str, impls: Mapping[str, Impl], *args: object) -> Impl:
+    """The first backend that can run, or the one VLMFAST_BACKEND names.
+
+    Raises:
+        RuntimeError: the backend named by VLMFAST_BACKEND cannot run; the message holds its reason.
+        ValueError: VLMFAST_BACKEND is not one of the backends.
+    """
+    reasons = explain(op, impls, *args)
+    for name, reason in reasons.items():
+        if reason is None:
+            if name == "torch" and len(reasons) > 1:
+                _warn_of_fallback(op, reasons)
+            return impls[name]
+    details = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise RuntimeError(f"{op}: the backend named by VLMFAST_BACKEND cannot run: {details}")
+
+
+def _wanted() -> str:
+    wanted = os.environ.get("VLMFAST_BACKEND", "auto")
+    if wanted not in BACKENDS:
+        raise ValueError(f"VLMFAST_BACKEND must be one of {', '.join(BACKENDS)}; got {wanted!r}")
+    return wanted
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_fallback(op: str, reasons: Mapping[str, str | None]) -> None:
+    message = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"vlmfast.{op} runs on PyTorch ops ({message})", stacklevel=3)
+
+
+def define(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> Any:
+    """Registers vlmfast::name for every device and returns the callable op."""
+    LIBRARY.define(name + schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vlmfast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.vlmfast, name).default
+
+
+def no_second_derivative(name: str) -> None:
+    """Makes a derivative of vlmfast::name (a backward op) raise instead of being silently dropped."""
+
+    def raise_error(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"vlmfast::{name} has no derivative: the second derivative of this op is not implemented")
+
+    torch.library.register_autograd(f"vlmfast::{name}", raise_error, lib=LIBRARY)
