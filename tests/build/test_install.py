@@ -38,7 +38,10 @@ def install(checkout: Path, target: Path, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
+# The finder of an editable install would answer for the extension that this copy lacks.
 USE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 import warnings, torch, vlmfast
 from pathlib import Path
 print(Path(vlmfast.__file__).parent)
