@@ -1,24 +1,34 @@
-// The C++ API. Each op has a forward that returns what its backward needs; vlmfast/ops/<op>.py registers them with torch.
+// The C++ API; vlmfast/ops/<op>.py registers it with torch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <tuple>
 
 namespace vlmfast {
 
-// loss (), row_stats (2, n), col_stats (2, M) or (2, 0), shift (), kept (n, M) or (0, 0); all float32.
-// See vlmfast/ops/info_nce.py for what each of them holds.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
-    const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale, int64_t label_offset, bool bidirectional,
-    bool keep);
+// What each function takes and returns is told in vlmfast/ops/<op>.py.
+
+// row_stats (3, n), col_stats (3, m) or (3, 0), shift (), kept (n, m) or (0, 0); float32.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
+    const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale, const std::optional<at::Tensor>& row_codes,
+    const std::optional<at::Tensor>& col_codes, int64_t label_offset, bool columns, bool keep);
 
 // Gradients of image, text and scale; those of image and text are empty (0,) where not asked for.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
-    const at::Tensor& grad, const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale,
-    const at::Tensor& row_stats, const at::Tensor& col_stats, const at::Tensor& shift, const at::Tensor& kept,
-    int64_t label_offset, bool bidirectional, bool image_grad, bool text_grad);
+    const at::Tensor& unit, const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale,
+    const at::Tensor& rows, const at::Tensor& cols, const at::Tensor& shift, const at::Tensor& kept,
+    const std::optional<at::Tensor>& row_codes, const std::optional<at::Tensor>& col_codes, int64_t label_offset,
+    bool image_grad, bool text_grad);
+
+// Sums over all pairs: loss, gradients of image and text or (0, D), of scale and bias; float32.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss_forward(
+    const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale, const at::Tensor& bias,
+    const std::optional<at::Tensor>& row_codes, const std::optional<at::Tensor>& col_codes, int64_t label_offset,
+    bool image_grad, bool text_grad);
 
 // "avx512", "avx2" or "baseline": the instruction set that the CPU kernels run with, from at::get_cpu_capability().
 std::string cpu_isa();

@@ -2,12 +2,28 @@
 
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
+#include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/Exception.h>
 
-#include "ops.h"
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
 
 namespace vlmfast {
+
+std::string cpu_isa() {
+#if defined(__x86_64__)
+  const std::string capability = at::get_cpu_capability();
+  if (capability.rfind("AVX512", 0) == 0) return "avx512";
+  if (capability == "AVX2") return "avx2";
+#endif
+  return "baseline";
+}
+
+namespace {
+bool bf16_schedule_forced = false;
+}
 
 bool has_brgemm() {
 #ifdef CPUBLAS_BRGEMM_F32F32F32
@@ -50,6 +66,28 @@ bool has_bf16_products() {
 #endif
 }
 
+void force_bf16_schedule(bool force) { bf16_schedule_forced = force; }
+
+void release_thread() {
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  if (has_brgemm()) at::native::cpublas::brgemm_release(false);
+  if (has_bf16_products()) at::native::cpublas::brgemm_release(true);
+#endif
+}
+
+void advise_huge_pages([[maybe_unused]] const at::Tensor& fresh) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + fresh.nbytes()) / page * page;
+  // Advice: where the system does not take it, small pages serve.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+namespace {
+
+// c (m, n) = a (m, k) b (k, n), or += with accumulate; row-major with the given row strides, on the calling thread.
 void tile_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                int64_t ldc, bool accumulate) {
 #ifdef CPUBLAS_BRGEMM_F32F32F32
@@ -68,6 +106,8 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, con
   c_tile.addmm_(a_tile, b_tile, accumulate ? 1 : 0);
 }
 
+// The same for bfloat16 operands and a float32 result, with b in pairs of rows: (k / 2, n, 2), k even. Where the processor
+// has no bfloat16 products, on widened copies.
 void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, float* c,
                int64_t ldc, bool accumulate) {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
@@ -85,11 +125,104 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t l
   tile_gemm(m, n, k, widened_a.const_data_ptr<float>(), k, widened_b.const_data_ptr<float>(), n, c, ldc, accumulate);
 }
 
-void tile_gemm_release() {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  if (has_brgemm()) at::native::cpublas::brgemm_release(false);
-  if (has_bf16_products()) at::native::cpublas::brgemm_release(true);
-#endif
+// (rows, D) as the right-hand sides of tile products in bfloat16: whole tiles of `tile` rows, zeros after the last row, D
+// even. Paired along D it is (tiles, D / 2, tile, 2), for products over D; along rows (tiles, tile / 2, D, 2).
+at::Tensor padded_tiles(const at::Tensor& features, int64_t tile) {
+  const int64_t rows = features.size(0), dim = features.size(1), tiles = ceil_div(rows, tile);
+  return at::constant_pad_nd(features, {0, dim % 2, 0, tiles * tile - rows}).reshape({tiles, tile, dim + dim % 2});
+}
+
+at::Tensor paired_along_dim(const at::Tensor& tiles) {
+  return tiles.view({tiles.size(0), tiles.size(1), -1, 2}).permute({0, 2, 1, 3}).contiguous();
+}
+
+at::Tensor paired_along_rows(const at::Tensor& tiles) {
+  return tiles.view({tiles.size(0), -1, 2, tiles.size(2)}).permute({0, 1, 3, 2}).contiguous();
+}
+
+const cpu::TileKernels& kernels() { return VLMFAST_KERNELS(tile); }
+
+}  // namespace
+
+FeatureTiles::FeatureTiles(const at::Tensor& image_, const at::Tensor& text_, bool with_dot, bool image_grad, bool text_grad)
+    : n(image_.size(0)),
+      m(text_.size(0)),
+      dim(image_.size(1)),
+      row_tiles(ceil_div(n, kRows)),
+      col_tiles(ceil_div(m, kCols)),
+      bands(std::max<int64_t>(1, std::min({int64_t(at::get_num_threads()), row_tiles, col_tiles}))),
+      image(image_.to(at::kFloat).contiguous()),
+      text(text_.to(at::kFloat).contiguous()),
+      bf16_(image_.scalar_type() == at::kBFloat16 && (has_bf16_products() || bf16_schedule_forced)) {
+  if (bf16_) {
+    const auto image_tiles = padded_tiles(image_, kRows), text_tiles = padded_tiles(text_, kCols);
+    if (with_dot) {
+      image_bf16_ = image_tiles.contiguous();
+      text_pairs_ = paired_along_dim(text_tiles);
+    }
+    if (image_grad) text_rows_ = paired_along_rows(text_tiles);
+    if (text_grad) image_rows_ = paired_along_rows(image_tiles);
+  } else if (with_dot) {
+    panels_ = at::empty({col_tiles, dim, kCols}, image.options());
+    at::parallel_for(0, col_tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j)
+        kernels().transpose(text.const_data_ptr<float>() + j * kCols * dim, dim, cols(j), dim,
+                            panels_.mutable_data_ptr<float>() + j * kCols * dim, kCols);
+    });
+  }
+}
+
+void FeatureTiles::dot(int64_t i, int64_t j, float* tile) const {
+  if (bf16_) {
+    const int64_t even = dim + dim % 2;
+    tile_gemm(rows(i), kCols, even, image_bf16_.const_data_ptr<at::BFloat16>() + i * kRows * even, even,
+              text_pairs_.const_data_ptr<at::BFloat16>() + j * kCols * even, tile, kCols, false);
+  } else {
+    tile_gemm(rows(i), cols(j), dim, image.const_data_ptr<float>() + i * kRows * dim, dim,
+              panels_.const_data_ptr<float>() + j * kCols * dim, kCols, tile, kCols, false);
+  }
+}
+
+void FeatureTiles::add_gradients(int64_t i, int64_t j, float* tile, float* scratch, float* d_image, float* d_text) const {
+  const int64_t height = rows(i), width = cols(j);
+  float *image_rows = d_image + i * kRows * dim, *text_rows = d_text + j * kCols * dim;
+  if (!bf16_) {
+    if (d_text) {
+      kernels().transpose(tile, kCols, height, width, scratch, kRows);
+      tile_gemm(width, dim, height, scratch, kRows, image.const_data_ptr<float>() + i * kRows * dim, dim, text_rows, dim,
+                true);
+    }
+    if (d_image)
+      tile_gemm(height, dim, width, tile, kCols, text.const_data_ptr<float>() + j * kCols * dim, dim, image_rows, dim,
+                true);
+    return;
+  }
+  // Products go over whole tiles, whose features end in zeros; what the tile holds there must be finite.
+  auto* rounded = reinterpret_cast<at::BFloat16*>(scratch);
+  if (height < kRows || width < kCols) std::fill_n(scratch, kRows * kCols / 2, 0.0f);
+  if (d_text) {
+    kernels().transpose_to_bf16(tile, kCols, height, width, reinterpret_cast<uint16_t*>(rounded), kRows);
+    add_product(width, kRows, rounded, image_rows_, i, text_rows);
+  }
+  if (height < kRows || width < kCols) std::fill_n(scratch, kRows * kCols / 2, 0.0f);
+  if (d_image) {
+    kernels().round_to_bf16(tile, kCols, height, width, reinterpret_cast<uint16_t*>(rounded), kCols);
+    add_product(height, kCols, rounded, text_rows_, j, image_rows);
+  }
+}
+
+// out (out_rows, D) += tile (out_rows, inner) times tile k of the features that `pairs` holds.
+void FeatureTiles::add_product(int64_t out_rows, int64_t inner, const at::BFloat16* tile, const at::Tensor& pairs, int64_t k,
+                               float* out) const {
+  const int64_t even = dim + dim % 2;
+  const auto* features = pairs.const_data_ptr<at::BFloat16>() + k * inner * even;
+  if (even == dim) {
+    tile_gemm(out_rows, dim, inner, tile, inner, features, out, dim, true);
+    return;
+  }
+  const auto product = at::empty({out_rows, even}, image.options());
+  tile_gemm(out_rows, even, inner, tile, inner, features, product.mutable_data_ptr<float>(), even, false);
+  at::from_blob(out, {out_rows, dim}, at::kFloat).add_(product.narrow(1, 0, dim));
 }
 
 }  // namespace vlmfast

@@ -1,47 +1,88 @@
-// What the CPU schedules share: a matrix product on a tile, and an order of tiles in which threads never meet.
+// What the CPU schedules of the losses share: tiles of dot products between two sets of features, the products that turn a
+// tile into gradients, and an order of tiles in which threads never meet.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
 
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/tile.h"
+#include "ops.h"
+
 namespace vlmfast {
 
-// c (m, n) = a (m, k) b (k, n), or += with accumulate; float32, row-major with the given row strides, on the calling thread.
-void tile_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-               int64_t ldc, bool accumulate);
+// Of the sizes tried (64 to 256 each way) the fastest: three operands of a product stay in a second-level cache of 1 MB.
+constexpr int64_t kRows = 192, kCols = 128;
+static_assert(kRows <= cpu::kMaxTile && kCols <= cpu::kMaxTile);
 
-// The same for bfloat16 operands and a float32 result, with b in pairs of rows: (k / 2, n, 2), k even. Where the processor
-// has no bfloat16 products, on widened copies.
-void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, float* c,
-               int64_t ldc, bool accumulate);
+// cpu::<isa>::name for the processor that this runs on.
+#if defined(__x86_64__)
+#define VLMFAST_KERNELS(name) choose_isa(cpu::baseline::name, cpu::avx2::name, cpu::avx512::name)
+#else
+#define VLMFAST_KERNELS(name) cpu::baseline::name
+#endif
 
-// Frees what tile_gemm holds on the calling thread; once at the end of each parallel region.
-void tile_gemm_release();
+template <class Kernels>
+const Kernels& choose_isa(const Kernels& baseline, const Kernels& avx2, const Kernels& avx512) {
+  static const std::string isa = cpu_isa();
+  return isa == "avx512" ? avx512 : isa == "avx2" ? avx2 : baseline;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Features (n, D) and (m, D) in the forms that tile products read: float32 or, where both are bfloat16 and the processor
+// multiplies it, bfloat16 with float32 sums.
+class FeatureTiles {
+ public:
+  // with_dot: `dot` will be called; image_grad, text_grad: `add_gradients` will be, for these sides.
+  FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool with_dot, bool image_grad, bool text_grad);
+
+  int64_t n, m, dim, row_tiles, col_tiles, bands;
+  at::Tensor image, text;  // float32, contiguous
+
+  int64_t rows(int64_t i) const { return std::min(kRows, n - i * kRows); }
+  int64_t cols(int64_t j) const { return std::min(kCols, m - j * kCols); }
+
+  // tile (rows(i), cols(j)), row stride kCols.
+  void dot(int64_t i, int64_t j, float* tile) const;
+
+  // d_image (n, D) += the tile times text, d_text (m, D) += the tile transposed times image; null where not wanted. `scratch`
+  // is of a tile's size; the tile itself is overwritten.
+  void add_gradients(int64_t i, int64_t j, float* tile, float* scratch, float* d_image, float* d_text) const;
+
+ private:
+  bool bf16_;
+  at::Tensor panels_;                                               // text as right-hand sides of `dot`
+  at::Tensor image_bf16_, text_pairs_, image_rows_, text_rows_;  // bfloat16: operands of dot, right-hand sides of gradients
+
+  void add_product(int64_t out_rows, int64_t inner, const at::BFloat16* tile, const at::Tensor& pairs, int64_t k,
+                   float* out) const;
+};
+
+// Asks the system for large pages under a tensor that is about to be written for the first time: on a buffer of n * m floats
+// the faults of small ones cost as much as a tenth of the whole loss.
+void advise_huge_pages(const at::Tensor& fresh);
+
+// Frees what tile products hold on the calling thread; once at the end of each parallel region.
+void release_thread();
 
 // Calls f(band, row_tile, col_tile) for every tile of the grid. The grid is cut into bands x bands blocks; in step t band b
 // works on block (b, b + t), so that at any moment no two threads share a row tile or a column tile: f may accumulate into
 // both without locks, and the order of accumulation depends on nothing but the number of bands.
 template <class F>
-void for_each_tile(int64_t bands, int64_t row_tiles, int64_t col_tiles, const F& f) {
+void for_each_tile(const FeatureTiles& tiles, const F& f) {
+  const int64_t bands = tiles.bands;
   for (int64_t step = 0; step < bands; ++step)
     at::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
       for (int64_t band = begin; band < end; ++band) {
         const int64_t other = (band + step) % bands;
-        for (int64_t j = col_tiles * other / bands; j < col_tiles * (other + 1) / bands; ++j)
-          for (int64_t i = row_tiles * band / bands; i < row_tiles * (band + 1) / bands; ++i) f(band, i, j);
+        for (int64_t j = tiles.col_tiles * other / bands; j < tiles.col_tiles * (other + 1) / bands; ++j)
+          for (int64_t i = tiles.row_tiles * band / bands; i < tiles.row_tiles * (band + 1) / bands; ++i) f(band, i, j);
       }
-      tile_gemm_release();
+      release_thread();
     });
-}
-
-// One band a thread, and no band without tiles.
-inline int64_t count_bands(int64_t row_tiles, int64_t col_tiles) {
-  return std::max<int64_t>(1, std::min({int64_t(at::get_num_threads()), row_tiles, col_tiles}));
 }
 
 }  // namespace vlmfast

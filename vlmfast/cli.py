@@ -58,6 +58,9 @@ class DataArguments:
     max_length: int = field(default=32, metadata={"help": "Tokens of a caption at most, start and end included."})
     crop_scale: float = field(default=0.6, metadata={"help": "Least share of an image's area in a random crop."})
     flip: float = field(default=0.0, metadata={"help": "Probability of a left-right flip."})
+    keywords: float = field(
+        default=0.0, metadata={"help": "Probability that keywords of a pair's JSON stand for its caption."}
+    )
     jitter: float = field(default=0.0, metadata={"help": "Strength of brightness, contrast and saturation jitter."})
 
 
@@ -123,7 +126,7 @@ def train(arguments: Sequence[str]) -> int:
     transform = train_transform(
         image_size, scale=(data_args.crop_scale, 1.0), flip=data_args.flip, jitter=data_args.jitter
     )
-    dataset = ImageTextDataset(data_args.data, transform=transform, seed=args.seed)
+    dataset = ImageTextDataset(data_args.data, transform=transform, keywords=data_args.keywords, seed=args.seed)
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(dataset) < batch:
         raise ValueError(f"--data has {len(dataset)} pairs, fewer than one batch of {batch}")

@@ -1,46 +1,45 @@
-// The element-wise sweeps of info_nce over one tile of dot products, one set of functions per instruction set.
+// The sweeps of info_nce over one tile of dot products, one set of functions per instruction set.
 // Everything is in powers of two: scale is s * log2(e), and every shift is integer-valued.
 #pragma once
 
-#include <cstdint>
+#include "tile.h"
 
 namespace vlmfast::cpu {
 
-constexpr int64_t kMaxTileCols = 256;
+// Of one tile's rows, or of its columns: what turns 2^(logit - shift) into a weighted probability, and the share of a
+// positive that is subtracted.
+struct SoftmaxSide {
+  const float *shift, *factor, *target;
+};
 
 struct InfoNceKernels {
-  // tile[i, j] <- 2^(scale * tile[i, j] - shift), |shift| < 2^21; row_sum[i] += its row, col_sum[j] += its column (unless null).
-  void (*exp_sums)(float* tile, int64_t stride, int64_t rows, int64_t cols, float scale, float shift, double* row_sum,
-                   double* col_sum);
+  // out[i, j] <- 2^(scale * tile[i, j] - shift), |shift| < 2^21; row_sum[i] += its row, col_sum[j] += its column (unless
+  // null). out may be tile.
+  void (*exp_sums)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float scale, float shift,
+                   double* row_sum, double* col_sum, float* out, int64_t out_stride);
 
   // For each row, and for each column unless col_sum is null: the running maximum of scale * tile, rounded to an integer,
-  // and the running sum of 2^(scale * tile - maximum). The tile is left as it is.
+  // and the running sum of 2^(scale * tile - maximum). Entries of -inf are in neither. The tile is left as it is.
   void (*online_sums)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float scale, float* row_max,
                       double* row_sum, float* col_max, double* col_sum);
 
-  // tile holds what exp_sums left: tile[i, j] <- tile[i, j] * (row_factor[i] + col_factor[j]).
-  void (*gradient_from_exp)(float* tile, int64_t stride, int64_t rows, int64_t cols, const float* row_factor,
-                            const float* col_factor);
+  // kept holds what exp_sums left: out[i, j] <- kept[i, j] * (row.factor[i] + col.factor[j]).
+  void (*gradient_from_exp)(const float* kept, int64_t stride, int64_t rows, int64_t cols, SoftmaxSide row,
+                            SoftmaxSide col, float* out, int64_t out_stride);
 
-  // tile holds dot products, one shift serves all: tile[i, j] <- 2^(scale * tile[i, j] - shift) * (row_factor[i] + col_factor[j]).
+  // tile holds dot products, one shift serves all: tile[i, j] <- 2^(scale * tile[i, j] - shift) * (row.factor[i] +
+  // col.factor[j]).
   void (*gradient_from_dot)(float* tile, int64_t stride, int64_t rows, int64_t cols, float scale, float shift,
-                            const float* row_factor, const float* col_factor);
+                            SoftmaxSide row, SoftmaxSide col);
 
-  // tile holds dot products, a shift per row and column:
-  // tile[i, j] <- 2^(scale * tile[i, j] - row_shift[i]) * row_factor[i] + 2^(scale * tile[i, j] - col_shift[j]) * col_factor[j].
-  void (*gradient_two_shifts)(float* tile, int64_t stride, int64_t rows, int64_t cols, float scale,
-                              const float* row_shift, const float* row_factor, const float* col_shift,
-                              const float* col_factor);
+  // tile holds dot products, a shift per row and column: out[i, j] <- 2^(scale * tile[i, j] - row.shift[i]) *
+  // row.factor[i] + 2^(scale * tile[i, j] - col.shift[j]) * col.factor[j], a term with factor 0 left out.
+  void (*gradient_two_shifts)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float scale,
+                              SoftmaxSide row, SoftmaxSide col, float* out, int64_t out_stride);
 
-  // sum of a[k] * b[k], in double across blocks.
-  double (*dot)(const float* a, const float* b, int64_t count);
-
-  // out[i, j] <- tile[i, j] as bfloat16, rounded to nearest even; 0 in columns cols to stride. out may be tile itself, with
-  // out_stride at most 2 * stride.
-  void (*round_to_bf16)(const float* tile, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride);
-
-  // out[j, i] <- tile[i, j].
-  void (*transpose)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);
+  // tile[i, j] -= row.target[i] + col.target[j] where row_ids[i] == col_ids[j].
+  void (*subtract_matches)(float* tile, int64_t stride, int64_t rows, int64_t cols, const int32_t* row_ids,
+                           const int32_t* col_ids, SoftmaxSide row, SoftmaxSide col);
 };
 
 namespace baseline {

@@ -44,6 +44,17 @@ static inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// lane k is lane which[k] of a followed by b.
+static inline Vec shuffle(Vec a, Vec b, IntVec which) {
+#if defined(__clang__)
+  Vec out;
+  for (int64_t k = 0; k < kWidth; ++k) out[k] = which[k] < kWidth ? a[which[k]] : b[which[k] - kWidth];
+  return out;
+#else
+  return __builtin_shuffle(a, b, which);
+#endif
+}
+
 static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // The first `count` floats at p; `fill` in the lanes after them.
@@ -70,6 +81,20 @@ static inline Vec keep_first(Vec v, int64_t count, float fill) {
   return load(lanes);
 }
 
+// row[j] for any number of columns: f(vector, j, count) with `count` lanes of data and 0 in the rest.
+template <class F>
+static inline void for_each_in_row(const float* row, int64_t cols, F f) {
+  int64_t j = 0;
+  for (; j + kWidth <= cols; j += kWidth) f(load(row + j), j, kWidth);
+  if (j < cols) f(load(row + j, cols - j, 0.0f), j, cols - j);
+}
+
+// out[j] <- f(row[j], j, count) likewise; lanes after the last column are not written. out may be row.
+template <class F>
+static inline void transform_row(const float* row, int64_t cols, float* out, F f) {
+  for_each_in_row(row, cols, [&](Vec x, int64_t j, int64_t count) { store(out + j, count, f(x, j, count)); });
+}
+
 static inline float reduce_add(Vec v) {
   float lanes[kWidth];
   store(lanes, v);
@@ -86,9 +111,12 @@ static inline float reduce_max(Vec v) {
   return lanes[0];
 }
 
+constexpr float kRoundToInteger = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+
 // 2^(exponent), given exponent = n + fraction with n an integer, fraction in [-1/2, 1/2], and rounded = n + 1.5 * 2^23.
-// 0 below 2^-125, +inf above 2^127, NaN for NaN.
-static inline Vec exp2_parts(Vec exponent, Vec rounded, Vec fraction) {
+// 0 below 2^-149 or, without AVX-512, 2^-125; +inf above 2^127; NaN for NaN. With AVX-512 it is only told for |n| < 2^21 that
+// it is finite: beyond, also what should be 0 may be infinite or NaN.
+static inline Vec exp2_parts([[maybe_unused]] Vec exponent, Vec rounded, Vec fraction) {
   // Minimax polynomial of 2^f on [-1/2, 1/2] (Cephes exp2f).
   Vec p = splat(1.535336188319500e-4f);
   p = p * fraction + 1.339887440266574e-3f;
@@ -97,6 +125,9 @@ static inline Vec exp2_parts(Vec exponent, Vec rounded, Vec fraction) {
   p = p * fraction + 2.402264791363012e-1f;
   p = p * fraction + 6.931472028550421e-1f;
   p = p * fraction + 1.0f;
+#if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
+  return Vec(_mm512_maskz_scalef_ps(0xffff, __m512(p), __m512(rounded - kRoundToInteger)));
+#else
   IntVec n, power_bits;
   std::memcpy(&n, &rounded, sizeof n);  // the low bits of rounded are n; the shift drops the others
   std::memcpy(&power_bits, &p, sizeof power_bits);
@@ -106,17 +137,20 @@ static inline Vec exp2_parts(Vec exponent, Vec rounded, Vec fraction) {
   power = exponent < -125.0f ? Vec{} : power;
   power = exponent > 127.0f ? splat(kInfinity) : power;
   return exponent == exponent ? power : exponent;
+#endif
 }
 
-constexpr float kRoundToInteger = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
-
+// 2^exponent: 0 below 2^-149 or, without AVX-512, 2^-125; +inf above 2^127; NaN for NaN.
 static inline Vec exp2(Vec exponent) {
+  exponent = exponent < -200.0f ? splat(-200.0f) : exponent;
+  exponent = exponent > 200.0f ? splat(200.0f) : exponent;
   const Vec rounded = exponent + kRoundToInteger;
   return exp2_parts(exponent, rounded, exponent - (rounded - kRoundToInteger));
 }
 
 // 2^(x * scale - shift) for an integer-valued shift of magnitude below 2^21. With a fused multiply-add nothing is rounded
 // before the polynomial but the fraction, so the relative error stays near 1e-7 however large x * scale and shift are.
+// Where |x * scale| is not below 2^21 either, infinite or NaN may come out instead of 0.
 static inline Vec exp2_shifted(Vec x, Vec scale, Vec shift) {
   const Vec offset = kRoundToInteger - shift;
   const Vec rounded = multiply_add(x, scale, offset);

@@ -166,3 +166,35 @@ def test_an_index_out_of_range_raises(dataset, index):
 def test_a_negative_seed_is_refused(dataset):
     with pytest.raises(ValueError, match="seed: expected at least 0, got -1"):
         ImageTextDataset(".", transform=eval_transform(8), seed=-1)
+
+
+def test_keywords_stand_for_the_caption_as_often_as_asked(write_tar, png):
+    members = {}
+    for n in range(200):
+        record = {"caption": f"caption {n}", "keywords": ["red", " round ", "", 7, "fruit"] if n % 2 else "red"}
+        members |= {f"{n}.png": png(n), f"{n}.json": json.dumps(record).encode()}
+    path = write_tar("k.tar", members)
+
+    def captions(keywords, epoch=0):
+        dataset = ImageTextDataset(path, transform=train_transform(8), keywords=keywords)
+        return [dataset[epoch, n].caption for n in range(200)]
+
+    plain, always, half = captions(0.0), captions(1.0), captions(0.5)
+    assert plain == [f"caption {n}" for n in range(200)]
+    assert always[::2] == plain[::2]  # what is no list of words is none
+    assert {frozenset(text.split()) for text in always[1::2]} == {
+        frozenset(words) for words in ({"red"}, {"round"}, {"fruit"}, {"red", "round"}, {"red", "fruit"},
+                                       {"round", "fruit"}, {"red", "round", "fruit"})
+    }  # fmt: skip
+    assert len(set(always[1::2])) > 7  # orders differ
+    assert 30 < sum(a != b for a, b in zip(plain, half, strict=True)) < 70
+    assert captions(0.5) == half != captions(0.5, epoch=1)
+    dataset = ImageTextDataset(path, transform=train_transform(8), keywords=1.0)
+    image = ImageTextDataset(path, transform=train_transform(8))[0, 1].image
+    assert torch.equal(dataset[0, 1].image, image)  # the augmentation stays what it was
+
+
+@pytest.mark.parametrize("keywords", [-0.1, 1.5])
+def test_keywords_is_a_probability(write_tar, png, keywords):
+    with pytest.raises(ValueError, match="keywords: expected a probability"):
+        ImageTextDataset(write_tar("a.tar", {}), transform=train_transform(8), keywords=keywords)

@@ -43,20 +43,24 @@ class ImageTextDataset(Dataset[Sample | None]):
         source: tar shards in webdataset's layout, as a path, a glob, a comma-separated list of those, or a sequence
             of those; or one .csv or .tsv file with columns path and caption, and optionally category; or one folder
             of images, each beside a .txt or .json of the same stem. A JSON file holds "caption" and optionally
-            "category".
+            "category" and "keywords", a list.
         transform: see `Transform`; called with an upright RGB image.
+        keywords: probability that some of a pair's keywords, drawn in random order and number, stand for its caption.
         seed: of the augmentation, at least 0.
     Raises:
         FileNotFoundError: nothing is there, or a table names an image that is not.
         PermissionError: a file may not be read.
-        ValueError: the source holds no pairs, or is none of the above; the message names the path.
+        ValueError: the source holds no pairs, or is none of the above, or keywords or seed is out of range.
         TypeError: source is neither a path nor a sequence of paths.
     """
 
-    def __init__(self, source: Source, *, transform: Transform, seed: int = 0) -> None:
+    def __init__(self, source: Source, *, transform: Transform, keywords: float = 0.0, seed: int = 0) -> None:
         if seed < 0:
             raise ValueError(f"seed: expected at least 0, got {seed}")
+        if not 0 <= keywords <= 1:
+            raise ValueError(f"keywords: expected a probability, got {keywords}")
         self.transform = transform
+        self.keywords = keywords
         self.seed = seed
         self._pairs = _open_source(source)
         # One byte per pair, 0 or 1 + position in SKIPPED; shared memory, as worker processes write it.
@@ -68,7 +72,7 @@ class ImageTextDataset(Dataset[Sample | None]):
     def __getitem__(self, position: int | tuple[int, int]) -> Sample | None:
         epoch, index = position if isinstance(position, tuple) else (0, position)
         self._check_index(index)
-        caption, category = self._pairs.caption_and_category(index)
+        caption, category, keywords = self._pairs.text(index)
         if caption is None:
             self._skip(index, "missing caption")
             return None
@@ -82,12 +86,16 @@ class ImageTextDataset(Dataset[Sample | None]):
             self._skip(index, "corrupt image")
             return None
         generator = np.random.default_rng((self.seed, epoch, index))
-        return Sample(self.transform(image, generator), caption, self._pairs.key(index), category)
+        pixels = self.transform(image, generator)
+        if keywords and generator.random() < self.keywords:
+            chosen = generator.permutation(len(keywords))[: generator.integers(1, len(keywords), endpoint=True)]
+            caption = " ".join(keywords[k] for k in chosen)
+        return Sample(pixels, caption, self._pairs.key(index), category)
 
     def metadata(self, index: int) -> tuple[str, str | None, str | None]:
         """(key, caption, category) without decoding the image; the caption is None where it is missing or empty."""
         self._check_index(index)
-        caption, category = self._pairs.caption_and_category(index)
+        caption, category, _ = self._pairs.text(index)
         return self._pairs.key(index), caption or None, category
 
     def skipped(self) -> Counter[str]:

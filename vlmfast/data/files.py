@@ -4,7 +4,7 @@ import csv
 import os
 from collections import Counter
 
-from vlmfast.data.records import IMAGE_EXTENSIONS, PackedStrings, open_source_file, parse_caption, unreadable
+from vlmfast.data.records import IMAGE_EXTENSIONS, PackedStrings, Text, open_source_file, parse_text, unreadable
 
 
 class TablePairs:
@@ -45,8 +45,8 @@ class TablePairs:
     def image(self, index: int) -> bytes:
         return _read(os.path.join(self._folder, self._paths[index]))
 
-    def caption_and_category(self, index: int) -> tuple[str | None, str | None]:
-        return self._captions[index], self._categories[index] or None
+    def text(self, index: int) -> Text:
+        return Text(self._captions[index], self._categories[index] or None)
 
 
 class FolderPairs:
@@ -87,11 +87,11 @@ class FolderPairs:
     def image(self, index: int) -> bytes:
         return _read(os.path.join(self._folder, self._images[index]))
 
-    def caption_and_category(self, index: int) -> tuple[str | None, str | None]:
+    def text(self, index: int) -> Text:
         text = self._texts[index]
         if not text:
-            return None, None
-        return parse_caption(_read(os.path.join(self._folder, text)), text.lower().endswith(".json"))
+            return Text(None)
+        return parse_text(_read(os.path.join(self._folder, text)), text.lower().endswith(".json"))
 
 
 def _read(path: str) -> bytes:

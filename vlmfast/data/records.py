@@ -5,16 +5,23 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 IMAGE_EXTENSIONS = ("webp", "jpg", "jpeg", "png")
+
+
+class Text(NamedTuple):
+    """What goes with an image. The caption is None where there is none or it cannot be read, and stripped otherwise."""
+
+    caption: str | None
+    category: str | None = None
+    keywords: tuple[str, ...] = ()
 
 
 class Pairs(Protocol):
     """An index over image-text pairs; nothing is decoded, and the pairs themselves stay on disk.
 
-    `faults` counts what the scan could not index, by reason. The caption is None when there is none or it cannot
-    be read as text, and is stripped otherwise.
+    `faults` counts what the scan could not index, by reason.
     """
 
     faults: Counter[str]
@@ -22,7 +29,7 @@ class Pairs(Protocol):
     def __len__(self) -> int: ...
     def key(self, index: int) -> str: ...
     def image(self, index: int) -> bytes: ...
-    def caption_and_category(self, index: int) -> tuple[str | None, str | None]: ...
+    def text(self, index: int) -> Text: ...
 
 
 class PackedStrings:
@@ -45,17 +52,23 @@ class PackedStrings:
         return self._text[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
 
 
-def parse_caption(data: bytes, is_json: bool) -> tuple[str | None, str | None]:
-    """(caption, category) of a .txt or .json file's bytes; see `Pairs` for None."""
+def parse_text(data: bytes, is_json: bool) -> Text:
+    """The content of a .txt file, or of a .json file with "caption" and optionally "category" and "keywords"."""
     try:
         if not is_json:
-            return data.decode("utf-8-sig").strip(), None
+            return Text(data.decode("utf-8-sig").strip())
         record = json.loads(data)
         caption, category = record["caption"], record.get("category")
-        caption.encode()  # JSON can spell lone surrogates, which no tokenizer takes
+        listed = record.get("keywords")
+        words = [word for word in listed if isinstance(word, str)] if isinstance(listed, list) else []
+        " ".join((caption, *words)).encode()  # JSON can spell lone surrogates, which no tokenizer takes
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return None, None
-    return caption.strip(), None if category is None else str(category)
+        return Text(None)
+    return Text(
+        caption.strip(),
+        None if category is None else str(category),
+        tuple(word.strip() for word in words if word.strip()),
+    )
 
 
 def open_source_file(path: str, mode: str = "rb", **options: Any) -> IO[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmfast.data.records import IMAGE_EXTENSIONS, PackedStrings, open_source_file, parse_caption
+from vlmfast.data.records import IMAGE_EXTENSIONS, PackedStrings, Text, open_source_file, parse_text
 
 # webdataset's convention: the key ends at the first dot of the base name; names of the form __x__ are metadata.
 MEMBER_NAME = re.compile(r"^(?!__[^/]*__(?:$|/))((?:.*/|)[^.]+)[.]([^/]*)$")
@@ -75,9 +75,9 @@ class ShardPairs:
         shard, offset, size, _, _, _ = self._pairs[index].item()
         return self._files.read(shard, offset, size)
 
-    def caption_and_category(self, index: int) -> tuple[str | None, str | None]:
+    def text(self, index: int) -> Text:
         shard, _, _, offset, size, is_json = self._pairs[index].item()
-        return (None, None) if size < 0 else parse_caption(self._files.read(shard, offset, size), is_json)
+        return Text(None) if size < 0 else parse_text(self._files.read(shard, offset, size), is_json)
 
 
 def _scan(path: str) -> tuple[list[tuple[str, str, int, int]], bool]:

@@ -1,5 +1,6 @@
 """Fused ops. Each one's module holds its equation, reference, backends, schema, autograd and public function."""
 
 from vlmfast.ops.info_nce import info_nce
+from vlmfast.ops.sigmoid_loss import sigmoid_loss
 
-__all__ = ["info_nce"]
+__all__ = ["info_nce", "sigmoid_loss"]

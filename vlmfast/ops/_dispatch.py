@@ -39,6 +39,13 @@ class Impl:
     unsupported: Callable[..., str | None]
 
 
+def cpu_unsupported(first: torch.Tensor, *args: object) -> str | None:
+    """Why the C++ CPU backend cannot run."""
+    if CORE_MISSING:
+        return CORE_MISSING
+    return None if first.device.type == "cpu" else f"image is on {first.device.type}"
+
+
 def never(*args: object) -> None:
     """`unsupported` of a backend that runs everywhere."""
 

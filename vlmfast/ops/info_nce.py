@@ -1,51 +1,76 @@
-"""Symmetric InfoNCE: reference, backends, registration and public function.
+"""InfoNCE and its variants: reference, backends, registration and public function.
 
-With dot_ij = <image_i, text_j> (the cosine of unit-norm features) and logit_ij = scale * dot_ij, row i's positive is
-column i + label_offset. Every backend returns from forward, for backward (all float32):
+With dot_ij = <image_i, text_j> (the cosine of unit-norm features), logit_ij = scale * dot_ij, x_ij = logit_ij log2(e).
+The positives of row i are column i + label_offset, or the columns of its group.
 
-- loss ();
-- row_stats (2, n): a shift u_i and the sum Z_i of 2^(logit_ij log2(e) - u_i) over columns j;
-- col_stats (2, M), or (2, 0) when not bidirectional: the same over rows, for every column;
-- shift (): when finite, it is every u and kept holds 2^(logit log2(e) - shift); when infinite, kept holds dot;
-- kept (n, M), or (0, 0) when backward is to recompute it.
+A backend's forward returns, all float32:
 
-Backward: G_ij = w_row p_row_ij + w_col p_col_ij - 1[j = i + label_offset], weights 1/2 and 1/2 (1 and 0 when not
-bidirectional; p_col is 0 in columns that are nobody's positive), then d_image = grad scale / n * G text, d_text = grad
-scale / n * G^T image, d_scale = grad / n * sum_ij G_ij dot_ij.
+- row_stats (3, n): a shift u_i; the sum of 2^(x_ij - u_i) over columns j, without the positive unless there are groups;
+  the sum of dot_ij over positives;
+- col_stats (3, N), or (3, 0) when columns are not asked for: the same down each column, over all rows;
+- shift (): when finite, it is every u and kept holds 2^(x - shift); when infinite, kept holds dot;
+- kept (n, N), or (0, 0) when backward is to recompute it.
+
+`normalise` turns those O(N) numbers into the loss and into what backward reads: for each row and column a shift u, a
+factor f and a target t, the same on every backend. Backward's tile is::
+
+    G_ij = f_row_i 2^(x_ij - u_row_i) + f_col_j 2^(x_ij - u_col_j) - [j positive for i] (t_row_i + t_col_j)
+
+its first two terms left out at the positive unless there are groups: there t is the weighted 1 - p, exact however
+close p is to 1. Then d_image = unit * scale * G text, d_text = unit * scale * G^T image, d_scale = unit * sum_ij G_ij
+dot_ij.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmfast.ops import _dispatch
-from vlmfast.ops._dispatch import CORE_MISSING, Impl, choose, core, define, never, no_second_derivative
+from vlmfast.ops import _dispatch, _pairs
+from vlmfast.ops._dispatch import Impl, choose, core, cpu_unsupported, define, never, no_second_derivative
+from vlmfast.ops._pairs import Groups
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOG2E = math.log2(math.e)
 
 STORE_BUDGET_BYTES = 1 << 30
-"""With recompute=None the exponentials are kept for backward when their n * M float32 values fit in this many bytes."""
+"""With recompute=None the exponentials are kept for backward when their n * N float32 values fit in this many bytes."""
 
 CHUNK_ELEMENTS = 1 << 24
 """The torch backend computes at most this many logits at a time when they are not kept."""
 
 
 def reference(
-    image: Tensor, text: Tensor, scale: Tensor, *, label_offset: int = 0, bidirectional: bool = True
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    *,
+    label_offset: int = 0,
+    bidirectional: bool = True,
+    label_smoothing: float = 0.0,
+    exclude_positive: bool = False,
+    groups: Groups | None = None,
+    row_mask: Tensor | None = None,
 ) -> Tensor:
     """The definition of info_nce, every intermediate in memory. Any floating dtype; float64 is the tests' oracle."""
-    n = image.shape[0]
-    labels = torch.arange(n, device=image.device) + label_offset
     logits = scale * image @ text.T
-    loss = F.cross_entropy(logits, labels)
+    positive = _pairs.positives(image, text, label_offset, groups)
+    active = positive if row_mask is None else positive & row_mask[:, None]
+
+    def one_way(logits: Tensor, positive: Tensor, has_loss: Tensor) -> Tensor:
+        if exclude_positive:
+            each = logits.masked_fill(positive, -math.inf).logsumexp(1) - (logits * positive).sum(1)
+        else:
+            target = (positive / positive.sum(1, keepdim=True).clamp(min=1)).to(logits.dtype)
+            each = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
+        return each.where(has_loss, 0).sum() / has_loss.sum().clamp(min=1)
+
+    loss = one_way(logits, positive, active.any(1))
     if bidirectional:
-        loss_text = F.cross_entropy(logits.T[label_offset : label_offset + n], labels - label_offset)
-        loss = (loss + loss_text) / 2
+        loss = (loss + one_way(logits.T, positive.T, active.any(0))) / 2
     return loss
 
 
@@ -56,11 +81,15 @@ def info_nce(
     *,
     label_offset: int = 0,
     bidirectional: bool = True,
+    label_smoothing: float = 0.0,
+    exclude_positive: bool = False,
+    groups: Groups | None = None,
+    row_mask: Tensor | None = None,
     recompute: bool | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE loss without materialising the (n, N) logits.
 
-    Equals, for n = N and label_offset = 0::
+    Equals, for n = N and no options::
 
         logits = scale * image @ text.T
         (F.cross_entropy(logits, arange(N)) + F.cross_entropy(logits.T, arange(N))) / 2
@@ -73,126 +102,241 @@ def info_nce(
         label_offset: column of image 0's positive, when text holds more than the images' own rows.
         bidirectional: average the image-to-text and the text-to-image loss; the latter goes over the columns that are
             some image's positive. False leaves the image-to-text loss alone.
+        label_smoothing: in [0, 1]; the target becomes (1 - label_smoothing) on the positive plus label_smoothing spread
+            evenly over all, as in F.cross_entropy (ALIGN).
+        exclude_positive: leave the positive out of the denominators: InfoLOOB (CLOOB divides the result by scale).
+        groups (row_ids (n,), col_ids (N,)): integers; text j is a positive of image i where their ids are equal, and
+            the target is spread evenly over the positives. Rows and columns without one have no loss.
+        row_mask (n,): bool; where False, the pair has no loss in either direction, while its image and text stay
+            negatives of the others. If all are False the loss is 0.
         recompute: False keeps (n, N) float32 exponentials for backward, True computes the logits again in tiles, in
             O(N*D) memory; None keeps them when they fit in STORE_BUDGET_BYTES.
     Returns:
-        loss (): float32.
+        loss (): float32, the mean over the rows (and columns) that have one.
     Raises:
         TypeError: a dtype is not supported, or image and text differ in it.
-        ValueError: shapes or devices disagree, or the batch is empty; the message names the argument.
+        ValueError: shapes or devices disagree, the batch is empty, an option is out of range or makes no sense beside
+            another (exclude_positive with label_smoothing; groups with label_offset, label_smoothing, exclude_positive
+            or row_mask); the message names the argument.
         RuntimeError: a second derivative is asked for, or the backend named by VLMFAST_BACKEND cannot run.
     Memory: O(N*D) recomputed, O(n*N) kept. FLOPs, forward and backward: 8*n*N*D recomputed, 6*n*N*D kept; a side
     without gradient saves 2*n*N*D. Repeatable bit for bit for a given number of threads.
-    Source: Radford et al. 2021, figure 3; van den Oord et al. 2018, equation 4.
+    Source: Radford et al. 2021, figure 3; van den Oord et al. 2018, equation 4; Jia et al. 2021 (label smoothing);
+    Fuerst et al. 2022, equation 2 (InfoLOOB).
     """
-    if not isinstance(scale, Tensor):
-        scale = torch.tensor(scale, dtype=torch.float32, device=image.device)
-    _check(image, text, scale, label_offset)
+    _pairs.check_features("info_nce", image, text)
+    scale = _pairs.scalar("info_nce", "scale", scale, image)
+    _check_options(image, text, label_offset, bidirectional, label_smoothing, exclude_positive, groups, row_mask)
+    codes = _pairs.group_codes("info_nce", groups, image, text) if groups is not None else (None, None)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (image, text, scale))
     if recompute is None:
         recompute = image.shape[0] * text.shape[0] * 4 > STORE_BUDGET_BYTES
     keep = needs_grad and not recompute
-    loss: Tensor = _forward_op(image, text, scale.reshape(()), label_offset, bidirectional, keep)[0]
+    loss: Tensor = _forward_op(
+        image, text, scale, row_mask, *codes, label_offset, bidirectional, exclude_positive, keep
+    )[0]
+    if label_smoothing:
+        loss = loss + label_smoothing * _smoothing(image, text, scale, label_offset, bidirectional, row_mask)
     return loss
 
 
-def _check(image: Tensor, text: Tensor, scale: Tensor, label_offset: int) -> None:
-    for name, features in (("image", image), ("text", text)):
-        if features.dim() != 2 or 0 in features.shape:
-            raise ValueError(f"info_nce: {name} must be (batch, dim) and not empty; got {tuple(features.shape)}")
-        if features.dtype not in DTYPES:
-            raise TypeError(f"info_nce: {name} must be float32, float16 or bfloat16; got {features.dtype}")
-    if image.dtype != text.dtype:
-        raise TypeError(f"info_nce: text must have image's dtype {image.dtype}; got {text.dtype}")
-    if image.shape[1] != text.shape[1]:
-        raise ValueError(f"info_nce: text must have image's dim {image.shape[1]}; got {tuple(text.shape)}")
-    if not scale.is_floating_point():
-        raise TypeError(f"info_nce: scale must be floating point; got {scale.dtype}")
-    if scale.numel() != 1:
-        raise ValueError(f"info_nce: scale must have one element; got {tuple(scale.shape)}")
-    for name, tensor in (("text", text), ("scale", scale)):
-        if tensor.device != image.device:
-            raise ValueError(f"info_nce: {name} must be on image's device {image.device}; got {tensor.device}")
-    if label_offset < 0 or label_offset + image.shape[0] > text.shape[0]:
+def _check_options(
+    image: Tensor,
+    text: Tensor,
+    label_offset: int,
+    bidirectional: bool,
+    label_smoothing: float,
+    exclude_positive: bool,
+    groups: Groups | None,
+    row_mask: Tensor | None,
+) -> None:
+    _pairs.check_label_offset("info_nce", label_offset, image, text)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"info_nce: label_smoothing must be in [0, 1]; got {label_smoothing}")
+    if row_mask is not None:
+        _pairs.check_row_mask("info_nce", row_mask, image)
+    together = {
+        "label_offset": label_offset != 0,
+        "label_smoothing": label_smoothing > 0,
+        "exclude_positive": exclude_positive,
+        "row_mask": row_mask is not None,
+    }
+    if groups is not None and any(together.values()):
+        names = ", ".join(name for name, given in together.items() if given)
         raise ValueError(
-            f"info_nce: label_offset must be at least 0 and leave text a row for each of the {image.shape[0]} images; "
-            f"got label_offset {label_offset} with {text.shape[0]} rows of text"
+            f"info_nce: groups cannot be combined with {names}; an image left out by an id of its own has no loss"
+        )
+    if exclude_positive and label_smoothing:
+        raise ValueError("info_nce: exclude_positive cannot be combined with label_smoothing")
+    if exclude_positive and (text.shape[0] == 1 or (bidirectional and image.shape[0] == 1)):
+        raise ValueError(
+            f"info_nce: exclude_positive needs a negative for every positive; got {image.shape[0]} images and "
+            f"{text.shape[0]} texts"
         )
 
 
-def reference_forward(
-    image: Tensor, text: Tensor, scale: Tensor, label_offset: int, bidirectional: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, y = image.float(), text.float()
-    n, m = x.shape[0], y.shape[0]
-    scale2 = scale.float() * math.log2(math.e)
-    row_stats = x.new_empty(2, n)
-    columns = m if bidirectional else 0
-    col_stats = torch.cat([x.new_full((1, columns), -math.inf), x.new_zeros(1, columns)])
-    kept = x.new_empty((n, m) if keep else (0, 0))
-    positive = x.new_empty(n)
-    for rows in _row_chunks(n, m):
-        dot = torch.mm(x[rows], y.T, out=kept[rows]) if keep else x[rows] @ y.T
-        labels = torch.arange(rows.start, rows.stop, device=x.device) + label_offset
-        logits = dot * scale2
-        positive[rows] = logits.gather(1, labels[:, None])[:, 0]
-        row_stats[0, rows] = logits.amax(1).round()
-        row_stats[1, rows] = torch.exp2(logits - row_stats[0, rows, None]).sum(1)
+def _smoothing(
+    image: Tensor, text: Tensor, scale: Tensor, label_offset: int, bidirectional: bool, row_mask: Tensor | None
+) -> Tensor:
+    """What label smoothing adds per unit of it: the positive's logit minus the mean logit, averaged over the losses.
+
+    The mean logit of a row is scale * <x_i, mean_j y_j>: nothing is O(n*N) here.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        x, y = image.float(), text.float()
+        own = y[label_offset : label_offset + x.shape[0]]
+        each = (x * own).sum(1) - x @ y.mean(0)
         if bidirectional:
-            top = torch.maximum(col_stats[0], logits.amax(0).round())
-            col_stats[1] = col_stats[1] * torch.exp2(col_stats[0] - top) + torch.exp2(logits - top).sum(0)
-            col_stats[0] = top
-    lse = row_stats[0] - positive + row_stats[1].log2()
-    if bidirectional:
-        own = col_stats[:, label_offset : label_offset + n]
-        lse = (lse + (own[0] - positive + own[1].log2())) / 2
-    return lse.mean() * math.log(2), row_stats, col_stats, x.new_full((), math.inf), kept
+            each = (each + (x * own).sum(1) - own @ x.mean(0)) / 2
+        if row_mask is None:
+            return scale.float() * each.mean()
+        return scale.float() * each.where(row_mask, 0).sum() / row_mask.sum().clamp(min=1)
 
 
-def reference_backward(
-    grad: Tensor,
+class Normalised(NamedTuple):
+    """What `normalise` makes of one side's sums: loss terms (n,) in float64, and shift, factor, target (3, n)."""
+
+    loss: Tensor
+    side: Tensor
+
+
+def normalise(stats: Tensor, scale: Tensor, weight: Tensor, count: Tensor | None, exclude_positive: bool) -> Normalised:
+    """Loss terms and backward's shift, factor and target of the rows, or of the columns.
+
+    Args:
+        stats (3, n): as a backend's forward returns them, complete over all columns.
+        weight (n,): of each row's loss, 0 where it has none.
+        count (n,): positives of each row with groups, None without.
+    """
+    shift, total, dot = stats.double()
+    positive = dot * (scale.double() * LOG2E)
+    log_total = total.log2() + shift
+    if count is None:
+        ratio = (log_total - positive) * math.log(2)  # of all negatives to the positive, natural logarithm
+        loss = ratio if exclude_positive else F.softplus(ratio)
+        negative = torch.ones_like(ratio) if exclude_positive else ratio.sigmoid()  # 1 - p of the positive
+        factor = torch.where(total == 0, 0, weight * negative / total)
+        target = weight * negative
+    else:
+        each = count.clamp(min=1)
+        loss = (log_total - positive / each) * math.log(2)
+        factor, target = weight / total, weight / each
+    loss = torch.where(weight == 0, 0, weight * loss)
+    return Normalised(loss, torch.stack([shift, factor, target]).float())
+
+
+def _weights(
+    image: Tensor,
+    text: Tensor,
+    row_mask: Tensor | None,
+    codes: tuple[Tensor | None, Tensor | None],
+    label_offset: int,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Weights (n,) and (N,) of the rows' and columns' losses relative to unit (), and how many positives each has."""
+    n, columns = image.shape[0], text.shape[0]
+    share = 0.5 if bidirectional else 1.0
+    if codes[0] is not None and codes[1] is not None:
+        row_count, col_count = _pairs.count_matches(codes[0], codes[1]), _pairs.count_matches(codes[1], codes[0])
+        rows, cols = (row_count > 0).double(), (col_count > 0).double()
+        row_total, col_total = rows.sum().clamp(min=1), cols.sum().clamp(min=1)
+        return share * rows, (1 - share) * cols * (row_total / col_total), row_count, col_count, 1 / row_total
+    rows = torch.ones(n, dtype=torch.float64, device=image.device) if row_mask is None else row_mask.double()
+    cols = rows.new_zeros(columns)
+    cols[label_offset : label_offset + n] = (1 - share) * rows
+    return share * rows, cols, None, None, 1 / rows.sum().clamp(min=1)
+
+
+def reference_forward(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
+    row_codes: Tensor | None,
+    col_codes: Tensor | None,
+    label_offset: int,
+    columns: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y = image.float(), text.float()
+    n, m = x.shape[0], y.shape[0]
+    scale2 = scale.float() * LOG2E
+    row_stats = x.new_zeros(3, n)
+    col_stats = x.new_zeros(3, m if columns else 0)
+    col_stats[0] = -math.inf
+    kept = x.new_empty((n, m) if keep else (0, 0))
+    for rows in _row_chunks(n, m):
+        dot = torch.mm(x[rows], y.T, out=kept[rows]) if keep else x[rows] @ y.T
+        positive, logits = _positive_and_logits(dot * scale2, rows, row_codes, col_codes, label_offset)
+        row_stats[0, rows] = _top(logits, 1)
+        row_stats[1, rows] = torch.exp2(logits - row_stats[0, rows, None]).sum(1)
+        row_stats[2, rows] = dot.where(positive, 0).sum(1)
+        if columns:
+            top = torch.maximum(col_stats[0], _top(logits, 0))
+            before = torch.where(col_stats[0] == -math.inf, 0, col_stats[1] * torch.exp2(col_stats[0] - top))
+            col_stats[1] = before + torch.exp2(logits - top).sum(0)
+            col_stats[0] = top
+            col_stats[2] += dot.where(positive, 0).sum(0)
+    return row_stats, col_stats, x.new_full((), math.inf), kept
+
+
+def reference_backward(
+    unit: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    cols: Tensor,
     shift: Tensor,
     kept: Tensor,
+    row_codes: Tensor | None,
+    col_codes: Tensor | None,
     label_offset: int,
-    bidirectional: bool,
     image_grad: bool,
     text_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, y = image.float(), text.float()
     n, m = x.shape[0], y.shape[0]
-    scale2 = scale.float() * math.log2(math.e)
-    weight = 0.5 if bidirectional else 1.0
-    own = slice(label_offset, label_offset + n)
+    scale2 = scale.float() * LOG2E
     # The scale's gradient is read off a feature gradient, so one of the two is always accumulated.
     image_sum = image_grad or not text_grad
     d_image, d_text = torch.zeros_like(x if image_sum else x[:0]), torch.zeros_like(y if text_grad else y[:0])
-    for rows in _row_chunks(n, m):
+    for part in _row_chunks(n, m):
         if kept.numel():  # dot products, or another backend's exponentials
-            logits = torch.where(shift.isinf(), kept[rows] * scale2, kept[rows].log2() + shift)
+            logits = torch.where(shift.isinf(), kept[part] * scale2, kept[part].log2() + shift)
         else:
-            logits = (x[rows] @ y.T) * scale2
-        g = weight * torch.exp2(logits - row_stats[0, rows, None]) / row_stats[1, rows, None]
-        if bidirectional:
-            g[:, own] += weight * torch.exp2(logits[:, own] - col_stats[0, own]) / col_stats[1, own]
-        labels = torch.arange(rows.start, rows.stop, device=x.device) + label_offset
-        g.scatter_add_(1, labels[:, None], g.new_full((len(labels), 1), -1.0))
+            logits = (x[part] @ y.T) * scale2
+        positive, logits = _positive_and_logits(logits, part, row_codes, col_codes, label_offset)
+        g = torch.exp2(logits - rows[0, part, None]) * rows[1, part, None]
+        g += torch.where(cols[1] == 0, 0, torch.exp2(logits - cols[0]) * cols[1])
+        g -= positive * (rows[2, part, None] + cols[2])
         if image_sum:
-            torch.mm(g, y, out=d_image[rows])
+            torch.mm(g, y, out=d_image[part])
         if text_grad:
-            d_text.addmm_(g.T, x[rows])
+            d_text.addmm_(g.T, x[part])
     d_scale = (d_image * x).sum() if image_sum else (d_text * y).sum()
-    unit = grad.float() / n
-    factor = unit * scale.float()
+    factor = unit.float() * scale.float()
     return (
         (d_image * factor).to(image.dtype) if image_grad else image.new_empty(0),
         (d_text * factor).to(text.dtype) if text_grad else text.new_empty(0),
-        (d_scale * unit).to(scale.dtype),
+        (d_scale * unit.float()).to(scale.dtype),
     )
+
+
+def _positive_and_logits(
+    logits: Tensor, rows: slice, row_codes: Tensor | None, col_codes: Tensor | None, label_offset: int
+) -> tuple[Tensor, Tensor]:
+    """Which entries of these rows are positives, and the logits with -inf where a positive is not in the sums."""
+    if row_codes is not None and col_codes is not None:
+        return row_codes[rows, None] == col_codes, logits
+    labels = torch.arange(rows.start, rows.stop, device=logits.device) + label_offset
+    positive = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    return positive, logits.masked_fill(positive, -math.inf)
+
+
+def _top(logits: Tensor, dim: int) -> Tensor:
+    """The largest logit, rounded; 0 where there are no negatives."""
+    top = logits.amax(dim).round()
+    return torch.where(top == -math.inf, 0, top)
 
 
 def _row_chunks(n: int, m: int) -> list[slice]:
@@ -200,40 +344,73 @@ def _row_chunks(n: int, m: int) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _cpu_unsupported(image: Tensor, *args: Any) -> str | None:
-    if CORE_MISSING:
-        return CORE_MISSING
-    if image.device.type != "cpu":
-        return f"image is on {image.device.type}"
-    return None
-
-
 IMPLS = {
     "cpu": Impl(
-        lambda *args: core.info_nce_forward(*args), lambda *args: core.info_nce_backward(*args), _cpu_unsupported
+        lambda *args: core.info_nce_forward(*args), lambda *args: core.info_nce_backward(*args), cpu_unsupported
     ),
     "torch": Impl(reference_forward, reference_backward, never),
 }
 
 
-def _forward(image: Tensor, *args: Any) -> Any:
+def tile_forward(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """row_stats, col_stats, shift and kept from the backend that `choose` names; arguments of `reference_forward`."""
     with torch.autocast(image.device.type, enabled=False):
         return choose("info_nce", IMPLS, image).forward(image, *args)
 
 
-def _backward(grad: Tensor, image: Tensor, *args: Any) -> Any:
+def tile_backward(unit: Tensor, image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, text and scale; arguments of `reference_backward`."""
     with torch.autocast(image.device.type, enabled=False):
-        return choose("info_nce", IMPLS, image).backward(grad, image, *args)
+        return choose("info_nce", IMPLS, image).backward(unit, image, *args)
 
 
-def _fake_forward(
-    image: Tensor, text: Tensor, scale: Tensor, label_offset: int, bidirectional: bool, keep: bool
+def _forward(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    row_mask: Tensor | None,
+    row_codes: Tensor | None,
+    col_codes: Tensor | None,
+    label_offset: int,
+    bidirectional: bool,
+    exclude_positive: bool,
+    keep: bool,
 ) -> tuple[Tensor, ...]:
-    n, m = image.shape[0], text.shape[0]
-    new = image.new_empty
-    columns = m if bidirectional else 0
-    shapes: list[tuple[int, ...]] = [(), (2, n), (2, columns), (), (n, m) if keep else (0, 0)]
-    return tuple(new(shape, dtype=torch.float32) for shape in shapes)
+    row_stats, col_stats, shift, kept = tile_forward(
+        image, text, scale, row_codes, col_codes, label_offset, bidirectional, keep
+    )
+    row_weight, col_weight, row_count, col_count, unit = _weights(
+        image, text, row_mask, (row_codes, col_codes), label_offset, bidirectional
+    )
+    loss, rows = normalise(row_stats, scale, row_weight, row_count, exclude_positive)
+    total = loss.sum()
+    if bidirectional:
+        loss, cols = normalise(col_stats, scale, col_weight, col_count, exclude_positive)
+        total = total + loss.sum()
+    else:
+        cols = rows.new_zeros(3, text.shape[0])
+    return (total * unit).float(), rows, cols, shift, kept, unit.float()
+
+
+def _backward(
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    shift: Tensor,
+    kept: Tensor,
+    unit: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tile_backward(grad.float() * unit, image, text, scale, rows, cols, shift, kept, *args)
+
+
+def _fake_forward(image: Tensor, text: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    n, m, keep = image.shape[0], text.shape[0], args[-1]
+    shapes: list[tuple[int, ...]] = [(), (3, n), (3, m), (), (n, m) if keep else (0, 0), ()]
+    return tuple(image.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _fake_backward(
@@ -247,34 +424,35 @@ def _fake_backward(
     )
 
 
-_SAVED = "Tensor row_stats, Tensor col_stats, Tensor shift, Tensor kept"
+_SAVED = "Tensor rows, Tensor cols, Tensor shift, Tensor kept, Tensor unit"
+_CODES = "Tensor? row_codes, Tensor? col_codes, SymInt label_offset"
 _forward_op = define(
     "info_nce_forward",
-    "(Tensor image, Tensor text, Tensor scale, SymInt label_offset, bool bidirectional, bool keep)"
-    f" -> (Tensor loss, {_SAVED})",
+    f"(Tensor image, Tensor text, Tensor scale, Tensor? row_mask, {_CODES}, bool bidirectional, bool exclude_positive,"
+    f" bool keep) -> (Tensor loss, {_SAVED})",
     _forward,
     _fake_forward,
 )
 _backward_op = define(
     "info_nce_backward",
-    f"(Tensor grad, Tensor image, Tensor text, Tensor scale, {_SAVED}, SymInt label_offset, bool bidirectional,"
-    " bool image_grad, bool text_grad) -> (Tensor image_grad, Tensor text_grad, Tensor scale_grad)",
+    f"(Tensor grad, Tensor image, Tensor text, Tensor scale, {_SAVED}, {_CODES}, bool image_grad, bool text_grad)"
+    " -> (Tensor image_grad, Tensor text_grad, Tensor scale_grad)",
     _backward,
     _fake_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, scale, ctx.label_offset, ctx.bidirectional, _ = inputs
-    ctx.save_for_backward(image, text, scale, *output[1:])
+    image, text, scale, _, row_codes, col_codes, ctx.label_offset, *_ = inputs
+    ctx.save_for_backward(image, text, scale, *output[1:], row_codes, col_codes)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad
-    gradients = _backward_op(grad, *ctx.saved_tensors, ctx.label_offset, ctx.bidirectional, wanted[0], wanted[1])
-    return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), None, None, None)
+    gradients = _backward_op(grad, *ctx.saved_tensors, ctx.label_offset, wanted[0], wanted[1])
+    return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), *[None] * 7)
 
 
 torch.library.register_autograd(

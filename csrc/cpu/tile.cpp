@@ -1,0 +1,98 @@
+#include "tile.h"
+
+#include "simd.h"
+
+namespace vlmfast::cpu::VLMFAST_ISA {
+namespace {
+
+double dot(const float* a, const float* b, int64_t count) {
+  constexpr int64_t block = 1024;
+  double total = 0.0;
+  for (int64_t k0 = 0; k0 < count; k0 += block) {
+    Vec sum = {};
+    for_each_in_row(a + k0, count - k0 < block ? count - k0 : block,
+                    [&](Vec x, int64_t k, int64_t lanes) { sum += x * load(b + k0 + k, lanes, 0.0f); });
+    total += reduce_add(sum);
+  }
+  return total;
+}
+
+using Bf16Vec = uint16_t __attribute__((vector_size(VLMFAST_SIMD_WIDTH * 2)));
+
+inline Bf16Vec to_bf16(Vec x) {
+  IntVec bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const IntVec rounded = x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+  return __builtin_convertvector((rounded >> 16) & 0xffff, Bf16Vec);
+}
+
+inline void put(float* to, Vec x, int64_t count) { store(to, count, x); }
+
+inline void put(uint16_t* to, Vec x, int64_t count) {
+  const Bf16Vec v = to_bf16(x);
+  std::memcpy(to, &v, count * sizeof(uint16_t));
+}
+
+void round_to_bf16(const float* tile, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    for_each_in_row(tile + i * stride, cols, [&](Vec x, int64_t j, int64_t count) { put(out + i * out_stride + j, x, count); });
+}
+
+// Rows r and r + half of a square trade the blocks of `half` lanes that belong to the other.
+template <int half>
+inline void trade(Vec* square) {
+  IntVec low, high;
+  for (int k = 0; k < kWidth; ++k) {
+    const bool own = (k & half) == 0;
+    low[k] = own ? k : kWidth + k - half;
+    high[k] = own ? k + half : kWidth + k;
+  }
+  for (int r = 0; r < kWidth; ++r)
+    if ((r & half) == 0) {
+      const Vec a = square[r], b = square[r + half];
+      square[r] = shuffle(a, b, low);
+      square[r + half] = shuffle(a, b, high);
+    }
+}
+
+template <int half>
+inline void transpose_square(Vec* square) {
+  trade<half>(square);
+  if constexpr (half > 1) transpose_square<half / 2>(square);
+}
+
+template <class Out>
+void transpose_into(const float* tile, int64_t stride, int64_t rows, int64_t cols, Out* out, int64_t out_stride) {
+  for (int64_t i0 = 0; i0 < rows; i0 += kWidth)
+    for (int64_t j0 = 0; j0 < cols; j0 += kWidth) {
+      const int64_t height = rows - i0 < kWidth ? rows - i0 : kWidth, width = cols - j0 < kWidth ? cols - j0 : kWidth;
+      Vec square[kWidth] = {};
+      for (int64_t r = 0; r < height; ++r) square[r] = load(tile + (i0 + r) * stride + j0, width, 0.0f);
+      transpose_square<kWidth / 2>(square);
+      for (int64_t c = 0; c < width; ++c) put(out + (j0 + c) * out_stride + i0, square[c], height);
+    }
+}
+
+void transpose(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride) {
+  transpose_into(tile, stride, rows, cols, out, out_stride);
+}
+
+void transpose_to_bf16(const float* tile, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride) {
+  transpose_into(tile, stride, rows, cols, out, out_stride);
+}
+
+void sum_matches(const float* tile, int64_t stride, int64_t rows, int64_t cols, const int32_t* row_ids,
+                 const int32_t* col_ids, float* row_sum, float* col_sum) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j)
+      if (row_ids[i] == col_ids[j]) {
+        row_sum[i] += tile[i * stride + j];
+        if (col_sum) col_sum[j] += tile[i * stride + j];
+      }
+}
+
+}  // namespace
+
+const TileKernels tile = {dot, round_to_bf16, transpose, transpose_to_bf16, sum_matches};
+
+}  // namespace vlmfast::cpu::VLMFAST_ISA

@@ -1,0 +1,38 @@
+// What every op does to a tile of float32: one set of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace vlmfast::cpu {
+
+// The most rows and columns of a tile.
+constexpr int64_t kMaxTile = 256;
+
+struct TileKernels {
+  // sum of a[k] * b[k], in double across blocks.
+  double (*dot)(const float* a, const float* b, int64_t count);
+
+  // out[i, j] <- tile[i, j] as bfloat16, rounded to nearest even.
+  void (*round_to_bf16)(const float* tile, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride);
+
+  // out[j, i] <- tile[i, j], and the same rounded to bfloat16.
+  void (*transpose)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);
+  void (*transpose_to_bf16)(const float* tile, int64_t stride, int64_t rows, int64_t cols, uint16_t* out,
+                            int64_t out_stride);
+
+  // Where row_ids[i] == col_ids[j]: row_sum[i] += tile[i, j] and, unless it is null, col_sum[j] += tile[i, j].
+  void (*sum_matches)(const float* tile, int64_t stride, int64_t rows, int64_t cols, const int32_t* row_ids,
+                      const int32_t* col_ids, float* row_sum, float* col_sum);
+};
+
+namespace baseline {
+extern const TileKernels tile;
+}
+namespace avx2 {
+extern const TileKernels tile;
+}
+namespace avx512 {
+extern const TileKernels tile;
+}
+
+}  // namespace vlmfast::cpu
