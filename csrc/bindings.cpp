@@ -1,4 +1,9 @@
+#include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <mutex>
+#include <set>
+#include <thread>
 
 #include "ops.h"
 
@@ -7,11 +12,23 @@
 
 namespace {
 
+// How many threads a parallel region of the extension runs on; 1 where it was built without OpenMP.
+int64_t count_threads() {
+  std::set<std::thread::id> seen;
+  std::mutex mutex;
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    seen.insert(std::this_thread::get_id());
+  });
+  return int64_t(seen.size());
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["cpu_isa"] = vlmfast::cpu_isa();
   info["brgemm"] = vlmfast::has_brgemm();
   info["bf16_products"] = vlmfast::has_bf16_products();
+  info["threads"] = count_threads();
   info["torch"] = VLMFAST_STRING(VLMFAST_TORCH_VERSION);
   info["compiler"] = __VERSION__;
   return info;

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <vector>
 
 #include "ops.h"
@@ -74,6 +75,23 @@ struct Sums {
   }
 };
 
+// (n, m) to keep exponentials in. Fresh memory of this size costs as much as a quarter of the whole loss in page faults, so
+// the buffer of the last call serves again once nobody else holds it: a training loop needs it in every step.
+at::Tensor kept_buffer(int64_t n, int64_t m, const at::TensorOptions& options) {
+  constexpr size_t most = size_t(1) << 30;  // a larger one is not held between calls
+  static std::mutex mutex;
+  static c10::Storage last;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const size_t bytes = size_t(n) * m * sizeof(float);
+  if (last && last.use_count() == 1 && last.nbytes() == bytes)
+    return at::empty({0}, options).set_(last, 0, {n, m}, {m, 1});
+  last = c10::Storage();
+  auto fresh = at::empty({n, m}, options);
+  advise_huge_pages(fresh);
+  if (bytes <= most) last = fresh.storage();
+  return fresh;
+}
+
 void copy_tile(int64_t rows, int64_t cols, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, cols, to + i * to_stride);
 }
@@ -132,8 +150,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
   const FeatureTiles tiles(image, text, true, false, false);
   const Positives positives(label_offset, row_codes, col_codes);
   const float scale2 = base2_scale(scale);
-  auto kept = keep ? at::empty({tiles.n, tiles.m}, tiles.image.options()) : at::empty({0, 0}, tiles.image.options());
-  advise_huge_pages(kept);
+  auto kept = keep ? kept_buffer(tiles.n, tiles.m, tiles.image.options()) : at::empty({0, 0}, tiles.image.options());
   Sums row, col;
   // Unit-norm features have logits in [-s, s]: a shift 70 below the top leaves room for the sums above it.
   float shift = std::rint(std::abs(scale2) - float(70 * kLog2e));
@@ -186,9 +203,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
     else
       positives.for_each_label(tiles, i, j,
                                [&](int64_t r, int64_t c) { tile[r * kCols + c] = -(row.target[r] + col.target[c]); });
-    if (!recompute && i + 1 < tiles.row_tiles)
-      for (int64_t r = 0; r < tiles.rows(i + 1); ++r)
-        for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(kept.const_data_ptr<float>() + ((i + 1) * kRows + r) * tiles.m + j * kCols + c, 0, 2);
     tiles.add_gradients(i, j, tile, scratch, d_image_data, d_text_data);
   });
 
