@@ -1,69 +1,89 @@
-"""Forward and backward of the contrastive loss: `pytest bench/bench_info_nce.py`, float32, D = 512, scale 50.
-
-GFLOP/s count the operations that the row's own algorithm does (`units` * N * N * D); `gemm` is the machine's matrix
-product in the same run, so that a share of it can be read off however fast or busy the machine is.
-"""
+"""The contrastive loss, forward and backward: `python bench/bench_info_nce.py --help`. Scale 50, unit-norm features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import pytest
 import torch
+from harness import Loss, Op, Provider, main, on_gpu, require
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import info_nce
+from vlmfast.ops.info_nce import reference
 
-DIM, SCALE = 512, 50.0
-SIZES = (1024, 4096, 8192)
-
-
-def _open_clip() -> Callable[..., Tensor]:
-    return pytest.importorskip("open_clip.loss").ClipLoss()
+SCALE = 50.0
 
 
-def _transformers() -> Callable[..., Tensor]:
-    clip_loss = pytest.importorskip("transformers.models.clip.modeling_clip").image_text_contrastive_loss
-    return lambda image, text, scale: clip_loss(scale * text @ image.T)
+def ours(recompute: bool) -> Loss:
+    return lambda image, text, scale: info_nce(image, text, scale, recompute=recompute)
 
 
-# name: (loss, units of N * N * D in forward and backward)
-PROVIDERS: dict[str, tuple[Callable[[], Callable[..., Tensor]], int]] = {
-    "vlmfast-kept": (lambda: lambda *inputs: info_nce(*inputs, recompute=False), 6),
-    "vlmfast-streamed": (lambda: lambda *inputs: info_nce(*inputs, recompute=True), 8),
-    "open_clip": (_open_clip, 12),
-    "transformers": (_transformers, 6),
-    "transformers-compiled": (lambda: torch.compile(_transformers()), 6),
-}
+def open_clip(device: str) -> Loss:
+    loss = require("open_clip.loss").ClipLoss()
+    return lambda image, text, scale: loss(image, text, scale.to(image.dtype))
 
 
-def features(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    image, text = (F.normalize(torch.randn(rows, DIM), dim=1).requires_grad_() for _ in range(2))
-    return image, text, torch.tensor(SCALE, requires_grad=True)
+def transformers(device: str) -> Loss:
+    loss = require("transformers.models.clip.modeling_clip").image_text_contrastive_loss
+    return lambda image, text, scale: loss(text @ image.T * scale.to(image.dtype))
 
 
-@pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("provider", list(PROVIDERS))
-def test_forward_backward(benchmark: Any, provider: str, rows: int) -> None:
-    make, units = PROVIDERS[provider]
-    loss, inputs = make(), features(rows)
-    benchmark.group = f"N = {rows}"
-    benchmark.pedantic(lambda: torch.autograd.grad(loss(*inputs), inputs), rounds=5, warmup_rounds=2)
-    record(benchmark, units * rows * rows * DIM)
+def chunked(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """What one writes without a kernel: rows in chunks, each recomputed in backward."""
+    from torch.utils.checkpoint import checkpoint
+
+    def rows(part: Tensor, every: Tensor, start: int) -> Tensor:
+        labels = torch.arange(start, start + len(part), device=part.device)
+        return F.cross_entropy(scale.to(part.dtype) * part @ every.T, labels, reduction="sum")
+
+    total = 0.0
+    for start in range(0, len(image), 1024):
+        stop = start + 1024
+        total = total + checkpoint(rows, image[start:stop], text, start, use_reentrant=False)
+        total = total + checkpoint(rows, text[start:stop], image, start, use_reentrant=False)
+    return total / (2 * len(image))
 
 
-@pytest.mark.parametrize("rows", SIZES)
-def test_gemm(benchmark: Any, rows: int) -> None:
-    image, text, _ = features(rows)
-    benchmark.group = f"N = {rows}"
-    with torch.no_grad():
-        benchmark.pedantic(lambda: image @ text.T, rounds=5, warmup_rounds=2)
-    record(benchmark, 2 * rows * rows * DIM)
+def memeff(device: str) -> Loss:
+    on_gpu(device)
+    # Its temperature is a constant, without gradient.
+    loss = require("memeff").MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    return lambda image, text, scale: loss(image, text)
 
 
-def record(benchmark: Any, operations: int) -> None:
-    benchmark.extra_info["gflops"] = round(operations / benchmark.stats.stats.median / 1e9, 1)
-    benchmark.extra_info["threads"] = torch.get_num_threads()
+def inf_cl(device: str) -> Loss:
+    on_gpu(device)
+    loss = require("inf_cl").cal_flash_loss
+    labels: dict[int, Tensor] = {}
+
+    def symmetric(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        own = labels.setdefault(len(image), torch.arange(len(image), device=device))
+        one, other = loss(image, text, own, scale), loss(text, image, own, scale)
+        return (one.mean() + other.mean()) / 2
+
+    return symmetric
+
+
+OP = Op(
+    name="info_nce",
+    scalars=(SCALE,),
+    reference=reference,
+    baseline="open_clip",
+    providers={
+        "vlmfast kept": Provider(lambda device: ours(False), 6),
+        "vlmfast streamed": Provider(lambda device: ours(True), 8),
+        "vlmfast forward": Provider(lambda device: ours(True), 2, forward_only=True),
+        "vlmfast kept, image frozen": Provider(lambda device: ours(False), 4, frozen=True),
+        "vlmfast streamed, image frozen": Provider(lambda device: ours(True), 6, frozen=True),
+        "open_clip": Provider(open_clip, 12, dtypes=("float32", "bfloat16")),
+        "transformers": Provider(transformers, 6, dtypes=("float32", "bfloat16")),
+        "transformers compiled": Provider(
+            lambda device: torch.compile(transformers(device)), 6, dtypes=("float32", "bfloat16")
+        ),
+        "torch in chunks": Provider(lambda device: chunked, 16, dtypes=("float32", "bfloat16")),
+        "memeff": Provider(memeff, 10),
+        "inf-cl": Provider(inf_cl, 20),
+    },
+)
+
+if __name__ == "__main__":
+    main(OP, __file__, __doc__)

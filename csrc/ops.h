@@ -40,6 +40,9 @@ bool has_brgemm();
 // Whether bfloat16 features are multiplied as such (AVX-512 BF16, AMX) rather than widened to float32.
 bool has_bf16_products();
 
+// GFLOP/s of tile products on operands that stay in cache, on all threads: what the loops of the losses could reach at most.
+double tile_product_gflops(bool bf16);
+
 // Takes the bfloat16 schedule on any processor, its products on widened copies; for tests of the schedule.
 void force_bf16_schedule(bool force);
 

@@ -6,6 +6,9 @@
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/Exception.h>
 
+#include <chrono>
+#include <type_traits>
+
 #if __has_include(<sys/mman.h>)
 #include <sys/mman.h>
 #endif
@@ -140,9 +143,39 @@ at::Tensor paired_along_rows(const at::Tensor& tiles) {
   return tiles.view({tiles.size(0), -1, 2, tiles.size(2)}).permute({0, 1, 3, 2}).contiguous();
 }
 
+template <class T>
+double product_gflops() {
+  constexpr int64_t dim = 512, repeats = 40;
+  const int64_t threads = at::get_num_threads();
+  const auto dtype = c10::CppTypeToScalarType<T>::value;
+  const auto a = at::ones({threads, kRows, dim}, dtype), b = at::ones({threads, dim, kCols}, dtype);
+  auto c = at::empty({threads, kRows, kCols}, at::kFloat);
+  const auto run = [&](int64_t count) {
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const T *left = a.template const_data_ptr<T>() + t * kRows * dim, *right = b.template const_data_ptr<T>() + t * dim * kCols;
+        float* out = c.template mutable_data_ptr<float>() + t * kRows * kCols;
+        for (int64_t k = 0; k < count; ++k)
+          if constexpr (std::is_same_v<T, float>)
+            tile_gemm(kRows, kCols, dim, left, dim, right, kCols, out, kCols, false);
+          else
+            tile_gemm(kRows, kCols, dim, left, dim, right, out, kCols, false);
+      }
+      release_thread();
+    });
+  };
+  run(1);
+  const auto start = std::chrono::steady_clock::now();
+  run(repeats);
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+  return 2e-9 * double(threads * repeats * kRows * kCols * dim) / elapsed.count();
+}
+
 const cpu::TileKernels& kernels() { return VLMFAST_KERNELS(tile); }
 
 }  // namespace
+
+double tile_product_gflops(bool bf16) { return bf16 ? product_gflops<at::BFloat16>() : product_gflops<float>(); }
 
 FeatureTiles::FeatureTiles(const at::Tensor& image_, const at::Tensor& text_, bool with_dot, bool image_grad, bool text_grad)
     : n(image_.size(0)),

@@ -127,11 +127,11 @@ def reference_forward(
 
 
 def reference_backward(
-    grad: Tensor, image: Tensor, text: Tensor, image_grad: Tensor, text_grad: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The saved gradients, scaled and in their inputs' dtypes."""
+    grad: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *gradients: Tensor
+) -> tuple[Tensor, ...]:
+    """The saved gradients of image, text, scale and bias, scaled and in their inputs' dtypes."""
     unit = grad.float() / image.shape[0]
-    return tuple((g * unit).to(t.dtype) for g, t in ((image_grad, image), (text_grad, text)))  # type: ignore[return-value]
+    return tuple((g * unit).to(t.dtype) for g, t in zip(gradients, (image, text, scale, bias), strict=True))
 
 
 IMPLS = {
@@ -151,7 +151,7 @@ def _forward(image: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return (loss / image.shape[0], *gradients)
 
 
-def _backward(grad: Tensor, image: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, image: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return choose("sigmoid_loss", IMPLS, image).backward(grad, image, *args)
 
 
@@ -163,44 +163,38 @@ def _fake_forward(image: Tensor, text: Tensor, *args: Any) -> tuple[Tensor, ...]
 
 
 def _fake_backward(
-    grad: Tensor, image: Tensor, text: Tensor, image_grad: Tensor, text_grad: Tensor
-) -> tuple[Tensor, Tensor]:
-    return image_grad.new_empty(image_grad.shape, dtype=image.dtype), text_grad.new_empty(
-        text_grad.shape, dtype=text.dtype
-    )
+    grad: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *gradients: Tensor
+) -> tuple[Tensor, ...]:
+    inputs = (image, text, scale, bias)
+    return tuple(g.new_empty(g.shape, dtype=t.dtype) for g, t in zip(gradients, inputs, strict=True))
 
 
-_SAVED = "Tensor image_grad, Tensor text_grad"
+_INPUTS = "Tensor image, Tensor text, Tensor scale, Tensor bias"
+_GRADIENTS = "Tensor image_grad, Tensor text_grad, Tensor scale_grad, Tensor bias_grad"
 _forward_op = define(
     "sigmoid_loss_forward",
-    "(Tensor image, Tensor text, Tensor scale, Tensor bias, Tensor? row_codes, Tensor? col_codes, SymInt label_offset,"
-    f" bool wants_image_grad, bool wants_text_grad) -> (Tensor loss, {_SAVED}, Tensor scale_grad, Tensor bias_grad)",
+    f"({_INPUTS}, Tensor? row_codes, Tensor? col_codes, SymInt label_offset, bool wants_image_grad,"
+    f" bool wants_text_grad) -> (Tensor loss, {_GRADIENTS})",
     _forward,
     _fake_forward,
 )
 _backward_op = define(
     "sigmoid_loss_backward",
-    f"(Tensor grad, Tensor image, Tensor text, {_SAVED}) -> (Tensor image_grad_out, Tensor text_grad_out)",
+    f"(Tensor grad, {_INPUTS}, {_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, scale, bias, *_ = inputs
-    ctx.save_for_backward(image, text, *output[1:])
-    ctx.scalar_dtypes = scale.dtype, bias.dtype
+    ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    image, text, image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors
+    gradients = _backward_op(grad, *ctx.saved_tensors)
     wanted = ctx.needs_input_grad
-    gradients = list(_backward_op(grad, image, text, image_grad, text_grad))
-    unit = grad.float() / image.shape[0]
-    for g, dtype in zip((scale_grad, bias_grad), ctx.scalar_dtypes, strict=True):
-        gradients.append((g * unit).to(dtype))
     return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), *[None] * 5)
 
 

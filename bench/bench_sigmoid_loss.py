@@ -1,0 +1,51 @@
+"""SigLIP's loss, forward and backward: `python bench/bench_sigmoid_loss.py --help`. Scale 10, bias -10."""
+
+from __future__ import annotations
+
+import torch
+from harness import Loss, Op, Provider, main, on_gpu, require
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmfast.ops import sigmoid_loss
+from vlmfast.ops.sigmoid_loss import reference
+
+
+def open_clip(device: str) -> Loss:
+    loss = require("open_clip.loss").SigLipLoss()
+    return lambda image, text, scale, bias: loss(image, text, scale.to(image.dtype), bias.to(image.dtype))
+
+
+def transformers(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The expression in transformers' SiglipModel.forward, which has no function of its own."""
+    logits = text @ image.T * scale.to(image.dtype) + bias.to(image.dtype)
+    signs = -torch.ones_like(logits) + 2 * torch.eye(logits.size(0), device=logits.device)
+    return -F.logsigmoid(signs * logits).sum(-1).mean()
+
+
+def siglip_kernel(device: str) -> Loss:
+    on_gpu(device)
+    loss = require("siglip_kernel").fused_siglip_loss
+    return lambda image, text, scale, bias: loss(image, text, scale.log(), bias)
+
+
+OP = Op(
+    name="sigmoid_loss",
+    scalars=(10.0, -10.0),
+    reference=reference,
+    baseline="open_clip",
+    providers={
+        "vlmfast": Provider(lambda device: sigmoid_loss, 6),
+        "vlmfast, image frozen": Provider(lambda device: sigmoid_loss, 4, frozen=True),
+        "vlmfast forward": Provider(lambda device: sigmoid_loss, 2, forward_only=True),
+        "open_clip": Provider(open_clip, 6, dtypes=("float32", "bfloat16")),
+        "transformers": Provider(lambda device: transformers, 6, dtypes=("float32", "bfloat16")),
+        "transformers compiled": Provider(
+            lambda device: torch.compile(transformers), 6, dtypes=("float32", "bfloat16")
+        ),
+        "siglip-kernel": Provider(siglip_kernel, 6),
+    },
+)
+
+if __name__ == "__main__":
+    main(OP, __file__, __doc__)

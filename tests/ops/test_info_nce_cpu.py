@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import contrastive
+import pytest
+import torch
+from contrastive import pairs, unit
+from numerics import loss_and_gradients
+from torch import Tensor
+
+from vlmfast.ops import info_nce
+from vlmfast.ops._dispatch import core
+from vlmfast.ops.info_nce import reference
+
+pytestmark = pytest.mark.skipif(core is None, reason="the C++ extension was not built")
+
+
+def check(image: Tensor, text: Tensor, scale: float, dtype: torch.dtype = torch.float32, **options: object) -> None:
+    recompute = options.pop("recompute", None)
+    contrastive.check(
+        lambda x, y, s: info_nce(x, y, s, recompute=recompute, **options),
+        lambda x, y, s: reference(x, y, s, **options),
+        image, text, scale, dtype=dtype,
+    )  # fmt: skip
+
+
+def test_more_threads_change_only_roundings() -> None:
+    image, text = (t.float() for t in pairs(700, 64, noise=1.0))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(loss_and_gradients(info_nce, (image, text, torch.tensor(40.0))))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_memory_of_the_streamed_loss_is_linear(run_python) -> None:
+    """N = 16384, D = 512: under 250 MB beyond the inputs, where the logits alone take 1 GB. In a process of its own."""
+    peak = run_python(
+        """
+        import torch
+        from torch.nn import functional as F
+        from vlmfast.ops import info_nce
+        def memory(field):  # of this process alone: ru_maxrss starts from the peak of the process that forked it
+            lines = open("/proc/self/status").read().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+        x, y = (F.normalize(torch.randn(16384, 512), dim=1).requires_grad_() for _ in range(2))
+        info_nce(x[:256], y[:256], 20.0).backward()
+        x.grad = y.grad = None
+        before = memory("VmRSS")  # resident now, not the peak so far
+        info_nce(x, y, 20.0, recompute=True).backward()
+        print(memory("VmHWM") - before)
+        """
+    )
+    assert float(peak) < 250
+
+
+@pytest.fixture
+def bf16_schedule():
+    """The schedule of processors that multiply bfloat16, its products on widened copies where this one does not."""
+    core.force_bf16_schedule(True)
+    yield
+    core.force_bf16_schedule(False)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 64), (2, 1), (127, 3), (128, 64), (129, 589), (300, 768)])
+def test_bfloat16_products(bf16_schedule, rows: int, dim: int, recompute: bool) -> None:
+    check(*pairs(rows, dim), 20.0, torch.bfloat16, recompute=recompute)
+    check(*pairs(rows, dim, noise=0.5), 100.0, torch.bfloat16, recompute=recompute)
+
+
+def test_bfloat16_products_of_strided_features(bf16_schedule) -> None:
+    x, y = torch.randn(64, 128).bfloat16().T, torch.randn(128, 128).bfloat16()[:, ::2]
+    strided = loss_and_gradients(info_nce, (x, y, torch.tensor(3.0)))
+    contiguous = loss_and_gradients(info_nce, (x.contiguous(), y.contiguous(), torch.tensor(3.0)))
+    assert all(torch.equal(a, b) for a, b in zip(strided, contiguous, strict=True))
+
+
+def test_bfloat16_products_of_a_rectangle(bf16_schedule) -> None:
+    for bidirectional in (False, True):
+        image, text = unit(160, 48), unit(300, 48)
+        check(image, text, 30.0, torch.bfloat16, label_offset=5, bidirectional=bidirectional)
+
+
+def test_bfloat16_schedule_rounds_the_gradient_tile(bf16_schedule) -> None:
+    """It is taken at all: its gradients differ from the float32 schedule's, within bfloat16's rounding."""
+    image, text = (t.bfloat16().requires_grad_() for t in pairs(200, 64))
+    forced = torch.autograd.grad(info_nce(image, text, 20.0), image)[0].float()
+    core.force_bf16_schedule(False)
+    plain = torch.autograd.grad(info_nce(image, text, 20.0), image)[0].float()
+    assert core.build_info()["bf16_products"] or not torch.equal(forced, plain)
+    torch.testing.assert_close(forced, plain, rtol=2e-2, atol=1e-2 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_as_many_threads_as_torch(threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert core.build_info()["threads"] == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_kept_serves_again_only_when_nobody_holds_it() -> None:
+    image, text = (t.float().requires_grad_() for t in pairs(200, 16))
+    other = pairs(200, 16)[0].float()
+
+    def kept(loss: Tensor) -> Tensor:
+        return next(t for t in loss.grad_fn.saved_tensors if t.shape == (200, 200))
+
+    first = info_nce(image, text, 20.0, recompute=False)
+    expected = torch.autograd.grad(first, image, retain_graph=True)[0]
+    second = info_nce(image, other, 20.0, recompute=False)
+    assert kept(first).data_ptr() != kept(second).data_ptr()
+    assert torch.equal(torch.autograd.grad(first, image)[0], expected)
+    place = kept(second).data_ptr()
+    del second
+    assert kept(info_nce(image, text, 20.0, recompute=False)).data_ptr() == place
