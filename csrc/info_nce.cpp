@@ -37,14 +37,14 @@ struct Positives {
         col_codes(cols ? cols->contiguous() : at::Tensor()) {}
 
   bool grouped() const { return row_codes.defined(); }
-  const int32_t* rows(int64_t i) const { return row_codes.const_data_ptr<int32_t>() + i * kRows; }
-  const int32_t* cols(int64_t j) const { return col_codes.const_data_ptr<int32_t>() + j * kCols; }
+  const int32_t* rows(int64_t first) const { return row_codes.const_data_ptr<int32_t>() + first; }
+  const int32_t* cols(int64_t first) const { return col_codes.const_data_ptr<int32_t>() + first; }
 
   // f(row, col) for the labels within tile (i, j), as indices within the tile.
   template <class F>
   void for_each_label(const FeatureTiles& tiles, int64_t i, int64_t j, const F& f) const {
     for (int64_t r = 0; r < tiles.rows(i); ++r) {
-      const int64_t c = i * kRows + r + label_offset - j * kCols;
+      const int64_t c = tiles.first_row(i) + r + label_offset - j * kCols;
       if (c >= 0 && c < tiles.cols(j)) f(r, c);
     }
   }
@@ -104,13 +104,13 @@ void sweep(const FeatureTiles& tiles, const Positives& positives, float scale, f
   const float excluded = online ? std::copysign(kInfinity, -scale) : (shift - 200) / scale;  // its power of two is 0
   const auto buffers = at::empty({tiles.bands, kRows * kCols}, tiles.image.options());
   for_each_tile(tiles, [&](int64_t band, int64_t i, int64_t j) {
-    const int64_t height = tiles.rows(i), width = tiles.cols(j), first_row = i * kRows, first_col = j * kCols;
+    const int64_t height = tiles.rows(i), width = tiles.cols(j), first_row = tiles.first_row(i), first_col = j * kCols;
     float* tile = buffers.mutable_data_ptr<float>() + band * kRows * kCols;
     float* out = kept.numel() ? kept.mutable_data_ptr<float>() + first_row * tiles.m + first_col : tile;
     const int64_t out_stride = kept.numel() ? tiles.m : kCols;
     tiles.dot(i, j, tile);
     if (positives.grouped())
-      VLMFAST_KERNELS(tile).sum_matches(tile, kCols, height, width, positives.rows(i), positives.cols(j),
+      VLMFAST_KERNELS(tile).sum_matches(tile, kCols, height, width, positives.rows(first_row), positives.cols(first_col),
                                         row.positive.data() + first_row, columns ? col.positive.data() + first_col : nullptr);
     else
       positives.for_each_label(tiles, i, j, [&](int64_t r, int64_t c) {
@@ -186,11 +186,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
   float* d_text_data = text_grad ? d_text.mutable_data_ptr<float>() : nullptr;
   const auto buffers = at::empty({tiles.bands, 2, kRows * kCols}, tiles.image.options());
   for_each_tile(tiles, [&](int64_t band, int64_t i, int64_t j) {
-    const int64_t height = tiles.rows(i), width = tiles.cols(j);
+    const int64_t height = tiles.rows(i), width = tiles.cols(j), first_row = tiles.first_row(i), first_col = j * kCols;
     float *tile = buffers.mutable_data_ptr<float>() + band * 2 * kRows * kCols, *scratch = tile + kRows * kCols;
-    const float* source = recompute ? tile : kept.const_data_ptr<float>() + i * kRows * tiles.m + j * kCols;
+    const float* source = recompute ? tile : kept.const_data_ptr<float>() + first_row * tiles.m + first_col;
     const int64_t stride = recompute ? kCols : tiles.m;
-    const auto row = row_side.at(i * kRows), col = col_side.at(j * kCols);
+    const auto row = row_side.at(first_row), col = col_side.at(first_col);
     if (recompute) tiles.dot(i, j, tile);
     if (online)
       kernels().gradient_two_shifts(source, stride, height, width, scale2, row, col, tile, kCols);
@@ -199,7 +199,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
     else
       kernels().gradient_from_exp(source, stride, height, width, row, col, tile, kCols);
     if (positives.grouped())
-      kernels().subtract_matches(tile, kCols, height, width, positives.rows(i), positives.cols(j), row, col);
+      kernels().subtract_matches(tile, kCols, height, width, positives.rows(first_row), positives.cols(first_col), row, col);
     else
       positives.for_each_label(tiles, i, j,
                                [&](int64_t r, int64_t c) { tile[r * kCols + c] = -(row.target[r] + col.target[c]); });

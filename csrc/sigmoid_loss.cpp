@@ -41,7 +41,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
   for_each_tile(tiles, [&](int64_t band, int64_t i, int64_t j) {
     float* tile = buffers.mutable_data_ptr<float>() + band * 2 * kRows * kCols;
     tiles.dot(i, j, tile);
-    kernels.sweep(tile, kCols, tiles.rows(i), tiles.cols(j), s, b, row_ids.data() + i * kRows, col_ids.data() + j * kCols,
+    kernels.sweep(tile, kCols, tiles.rows(i), tiles.cols(j), s, b, row_ids.data() + tiles.first_row(i), col_ids.data() + j * kCols,
                   sums[band]);
     tiles.add_gradients(i, j, tile, tile + kRows * kCols, d_image_data, d_text_data);
   });

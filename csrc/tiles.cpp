@@ -171,6 +171,9 @@ double product_gflops() {
   return 2e-9 * double(threads * repeats * kRows * kCols * dim) / elapsed.count();
 }
 
+// `rows` cut into steps of at most kRows that are as equal as multiples of 8 can be.
+int64_t equal_steps(int64_t rows) { return ceil_div(ceil_div(rows, ceil_div(rows, kRows)), 8) * 8; }
+
 const cpu::TileKernels& kernels() { return VLMFAST_KERNELS(tile); }
 
 }  // namespace
@@ -181,14 +184,15 @@ FeatureTiles::FeatureTiles(const at::Tensor& image_, const at::Tensor& text_, bo
     : n(image_.size(0)),
       m(text_.size(0)),
       dim(image_.size(1)),
-      row_tiles(ceil_div(n, kRows)),
       col_tiles(ceil_div(m, kCols)),
-      bands(std::max<int64_t>(1, std::min({int64_t(at::get_num_threads()), row_tiles, col_tiles}))),
+      bands(std::max<int64_t>(1, std::min({int64_t(at::get_num_threads()), ceil_div(n, 64), col_tiles}))),
+      step(equal_steps(ceil_div(n, bands))),
+      row_tiles(ceil_div(n, step)),
       image(image_.to(at::kFloat).contiguous()),
       text(text_.to(at::kFloat).contiguous()),
       bf16_(image_.scalar_type() == at::kBFloat16 && (has_bf16_products() || bf16_schedule_forced)) {
   if (bf16_) {
-    const auto image_tiles = padded_tiles(image_, kRows), text_tiles = padded_tiles(text_, kCols);
+    const auto image_tiles = padded_tiles(image_, step), text_tiles = padded_tiles(text_, kCols);
     if (with_dot) {
       image_bf16_ = image_tiles.contiguous();
       text_pairs_ = paired_along_dim(text_tiles);
@@ -208,21 +212,21 @@ FeatureTiles::FeatureTiles(const at::Tensor& image_, const at::Tensor& text_, bo
 void FeatureTiles::dot(int64_t i, int64_t j, float* tile) const {
   if (bf16_) {
     const int64_t even = dim + dim % 2;
-    tile_gemm(rows(i), kCols, even, image_bf16_.const_data_ptr<at::BFloat16>() + i * kRows * even, even,
+    tile_gemm(rows(i), kCols, even, image_bf16_.const_data_ptr<at::BFloat16>() + first_row(i) * even, even,
               text_pairs_.const_data_ptr<at::BFloat16>() + j * kCols * even, tile, kCols, false);
   } else {
-    tile_gemm(rows(i), cols(j), dim, image.const_data_ptr<float>() + i * kRows * dim, dim,
+    tile_gemm(rows(i), cols(j), dim, image.const_data_ptr<float>() + first_row(i) * dim, dim,
               panels_.const_data_ptr<float>() + j * kCols * dim, kCols, tile, kCols, false);
   }
 }
 
 void FeatureTiles::add_gradients(int64_t i, int64_t j, float* tile, float* scratch, float* d_image, float* d_text) const {
   const int64_t height = rows(i), width = cols(j);
-  float *image_rows = d_image + i * kRows * dim, *text_rows = d_text + j * kCols * dim;
+  float *image_rows = d_image + first_row(i) * dim, *text_rows = d_text + j * kCols * dim;
   if (!bf16_) {
     if (d_text) {
-      kernels().transpose(tile, kCols, height, width, scratch, kRows);
-      tile_gemm(width, dim, height, scratch, kRows, image.const_data_ptr<float>() + i * kRows * dim, dim, text_rows, dim,
+      kernels().transpose(tile, kCols, height, width, scratch, step);
+      tile_gemm(width, dim, height, scratch, step, image.const_data_ptr<float>() + first_row(i) * dim, dim, text_rows, dim,
                 true);
     }
     if (d_image)
@@ -232,12 +236,12 @@ void FeatureTiles::add_gradients(int64_t i, int64_t j, float* tile, float* scrat
   }
   // Products go over whole tiles, whose features end in zeros; what the tile holds there must be finite.
   auto* rounded = reinterpret_cast<at::BFloat16*>(scratch);
-  if (height < kRows || width < kCols) std::fill_n(scratch, kRows * kCols / 2, 0.0f);
+  if (height < step || width < kCols) std::fill_n(scratch, kRows * kCols / 2, 0.0f);
   if (d_text) {
-    kernels().transpose_to_bf16(tile, kCols, height, width, reinterpret_cast<uint16_t*>(rounded), kRows);
-    add_product(width, kRows, rounded, image_rows_, i, text_rows);
+    kernels().transpose_to_bf16(tile, kCols, height, width, reinterpret_cast<uint16_t*>(rounded), step);
+    add_product(width, step, rounded, image_rows_, i, text_rows);
   }
-  if (height < kRows || width < kCols) std::fill_n(scratch, kRows * kCols / 2, 0.0f);
+  if (height < step || width < kCols) std::fill_n(scratch, kRows * kCols / 2, 0.0f);
   if (d_image) {
     kernels().round_to_bf16(tile, kCols, height, width, reinterpret_cast<uint16_t*>(rounded), kCols);
     add_product(height, kCols, rounded, text_rows_, j, image_rows);

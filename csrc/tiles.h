@@ -13,7 +13,8 @@
 
 namespace vlmfast {
 
-// Of the sizes tried (64 to 256 each way) the fastest: three operands of a product stay in a second-level cache of 1 MB.
+// The most rows of a tile, and its columns. Of the sizes tried (64 to 256 each way) the fastest: three operands of a product
+// stay in a second-level cache of 1 MB.
 constexpr int64_t kRows = 192, kCols = 128;
 static_assert(kRows <= cpu::kMaxTile && kCols <= cpu::kMaxTile);
 
@@ -39,10 +40,12 @@ class FeatureTiles {
   // with_dot: `dot` will be called; image_grad, text_grad: `add_gradients` will be, for these sides.
   FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool with_dot, bool image_grad, bool text_grad);
 
-  int64_t n, m, dim, row_tiles, col_tiles, bands;
-  at::Tensor image, text;  // float32, contiguous
+  int64_t n, m, dim, col_tiles, bands;
+  int64_t step, row_tiles;  // rows of a tile, at most kRows: such that bands get equal shares
+  at::Tensor image, text;   // float32, contiguous
 
-  int64_t rows(int64_t i) const { return std::min(kRows, n - i * kRows); }
+  int64_t first_row(int64_t i) const { return i * step; }
+  int64_t rows(int64_t i) const { return std::min(step, n - i * step); }
   int64_t cols(int64_t j) const { return std::min(kCols, m - j * kCols); }
 
   // tile (rows(i), cols(j)), row stride kCols.
