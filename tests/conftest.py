@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before anything imports triton: without a GPU its kernels run in its interpreter, where VLMFAST_BACKEND=triton asks.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # tests/ has no packages; helpers that several of its folders use are imported from here.
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from contrastive import pairs
+from contrastive import pairs, use_backend
 from numerics import loss_and_gradients
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,9 +17,7 @@ from vlmfast.ops.info_nce import IMPLS, reference
 
 @pytest.fixture(params=list(IMPLS))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if reason := IMPLS[request.param].unsupported(torch.zeros(1, 1)):
-        pytest.skip(reason)
-    monkeypatch.setenv("VLMFAST_BACKEND", request.param)
+    use_backend(monkeypatch, IMPLS, request.param)
     return request.param
 
 
@@ -76,12 +74,14 @@ def test_backends_agree_on_what_is_saved(first: str, second: str, scale: float, 
     """One backend's backward reads what another's forward left."""
     image, text = (t.float().requires_grad_() for t in pairs(140, 24))
     expected = loss_and_gradients(reference, (image, text, torch.tensor(scale)), [torch.float64] * 3)
-    monkeypatch.setenv("VLMFAST_BACKEND", first)
+    use_backend(monkeypatch, IMPLS, first)
     s = torch.tensor(scale, requires_grad=True)
     loss = info_nce(image, text, s, recompute=not keep)
-    monkeypatch.setenv("VLMFAST_BACKEND", second)
+    use_backend(monkeypatch, IMPLS, second)
+    # Two backends round dot products differently, by 2^-22 at most, and probabilities by the scale times that.
+    tolerance = max(2e-5, 2 * scale * 2.0**-22)
     for got, want in zip(torch.autograd.grad(loss, (image, text, s)), expected[1:], strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5 * want.abs().max().item())
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * want.abs().max().item())
 
 
 def test_gradcheck_of_the_reference() -> None:

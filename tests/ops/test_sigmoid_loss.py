@@ -3,7 +3,7 @@ from __future__ import annotations
 import contrastive
 import pytest
 import torch
-from contrastive import pairs, unit
+from contrastive import pairs, unit, use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import loss_and_gradients
@@ -18,9 +18,7 @@ from vlmfast.ops.sigmoid_loss import IMPLS, reference
 
 @pytest.fixture(params=list(IMPLS))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if reason := IMPLS[request.param].unsupported(torch.zeros(1, 1)):
-        pytest.skip(reason)
-    monkeypatch.setenv("VLMFAST_BACKEND", request.param)
+    use_backend(monkeypatch, IMPLS, request.param)
     return request.param
 
 
@@ -90,10 +88,10 @@ def test_equals_open_clip_and_transformers(backend: str) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(2, 250), dim=st.integers(1, 40), scale=st.floats(0.01, 120), seed=st.integers(0, 1000))
-@pytest.mark.parametrize("name", [name for name, impl in IMPLS.items() if not impl.unsupported(torch.zeros(1, 1))])
+@pytest.mark.parametrize("name", list(IMPLS))
 def test_properties(name: str, rows: int, dim: int, scale: float, seed: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("VLMFAST_BACKEND", name)
+        use_backend(monkeypatch, IMPLS, name)
         torch.manual_seed(seed)
         image, text = (t.float() for t in pairs(rows, dim))
         s, b = torch.tensor(scale), torch.tensor(-scale / 2)

@@ -46,6 +46,22 @@ def cpu_unsupported(first: torch.Tensor, *args: object) -> str | None:
     return None if first.device.type == "cpu" else f"image is on {first.device.type}"
 
 
+def triton_unsupported(first: torch.Tensor, *args: object) -> str | None:
+    """Why the Triton backend cannot run; triton is imported only for tensors that it may run on.
+
+    On CPU tensors it runs in triton's interpreter, slowly and for tests: when asked for by name.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _wanted() == "triton"
+    if first.device.type != "cuda" and not interpreted:
+        return f"image is on {first.device.type}"
+    try:
+        pairs = import_module("vlmfast.kernels.pairs")
+    except ImportError as error:
+        return f"triton is not there ({error})"
+    reason: str | None = pairs.unsupported(first)
+    return reason
+
+
 def never(*args: object) -> None:
     """`unsupported` of a backend that runs everywhere."""
 

@@ -24,6 +24,7 @@ dot_ij.
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import _dispatch, _pairs
-from vlmfast.ops._dispatch import Impl, choose, core, cpu_unsupported, define, never, no_second_derivative
+from vlmfast.ops._dispatch import (
+    Impl,
+    choose,
+    core,
+    cpu_unsupported,
+    define,
+    never,
+    no_second_derivative,
+    triton_unsupported,
+)
 from vlmfast.ops._pairs import Groups
 
 LOG2E = math.log2(math.e)
@@ -344,7 +354,14 @@ def _row_chunks(n: int, m: int) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
+def _kernels() -> Any:
+    return import_module("vlmfast.kernels.info_nce")
+
+
 IMPLS = {
+    "triton": Impl(
+        lambda *args: _kernels().forward(*args), lambda *args: _kernels().backward(*args), triton_unsupported
+    ),
     "cpu": Impl(
         lambda *args: core.info_nce_forward(*args), lambda *args: core.info_nce_backward(*args), cpu_unsupported
     ),

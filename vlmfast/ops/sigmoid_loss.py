@@ -13,6 +13,7 @@ are not yet divided by n:
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,7 +21,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import _dispatch, _pairs
-from vlmfast.ops._dispatch import Impl, choose, core, cpu_unsupported, define, never, no_second_derivative
+from vlmfast.ops._dispatch import (
+    Impl,
+    choose,
+    core,
+    cpu_unsupported,
+    define,
+    never,
+    no_second_derivative,
+    triton_unsupported,
+)
 from vlmfast.ops._pairs import Groups
 
 CHUNK_ELEMENTS = 1 << 24
@@ -134,7 +144,12 @@ def reference_backward(
     return tuple((g * unit).to(t.dtype) for g, t in zip(gradients, (image, text, scale, bias), strict=True))
 
 
+def _kernels() -> Any:
+    return import_module("vlmfast.kernels.sigmoid_loss")
+
+
 IMPLS = {
+    "triton": Impl(lambda *args: _kernels().forward(*args), reference_backward, triton_unsupported),
     "cpu": Impl(lambda *args: core.sigmoid_loss_forward(*args), reference_backward, cpu_unsupported),
     "torch": Impl(reference_forward, reference_backward, never),
 }
