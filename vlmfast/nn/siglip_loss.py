@@ -1,0 +1,139 @@
+"""open_clip's pairwise sigmoid loss without the logits in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast import distributed
+from vlmfast.ops import _pairs, sigmoid_loss
+from vlmfast.ops.sigmoid_loss import tile_forward
+
+DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+
+
+class SigLipLoss(nn.Module):
+    """Pairwise sigmoid loss over one process's batch or the batch of all; a drop-in for `open_clip.loss.SigLipLoss`.
+
+    With several processes each rank returns the loss of its images against all texts; values and gradients are
+    open_clip's. After DistributedDataParallel's mean, the gradients are those of one process on the global batch.
+    Texts travel round a ring of ranks while the next block is computed. All gradients are computed in forward, so the
+    gradient that arrives at the loss must be the same on every rank.
+
+    Args:
+        cache_labels: accepted for compatibility; no labels are ever built.
+        rank, world_size: this process and how many there are; world_size > 1 needs an initialised torch.distributed.
+        dist_impl: one of open_clip's names for how texts are exchanged ("bidir", "shift", "reduce", "gather") or None;
+            accepted for compatibility, the result is the same.
+    Raises:
+        ValueError: rank is not in [0, world_size), or dist_impl is not one of those names.
+    Memory, n rows of N on this rank: O(n*D). FLOPs, forward and backward: 6*n*N*D, all in forward.
+    Source: Zhai et al. 2023, algorithm 1 and section 3.3; open_clip's loss.py for the interface.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= rank < world_size:
+            raise ValueError(f"SigLipLoss: rank must be in [0, world_size); got rank {rank}, world_size {world_size}")
+        if dist_impl is not None and dist_impl not in DIST_IMPLS:
+            raise ValueError(f"SigLipLoss: dist_impl must be None or one of {', '.join(DIST_IMPLS)}; got {dist_impl!r}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or {"contrastive_loss": loss} with output_dict.
+
+        Args:
+            image_features (n, D), text_features (n, D): unit-norm, float32, float16 or bfloat16; n may differ between
+                ranks.
+            logit_scale (): the inverse temperature itself, as open_clip passes it (the exponential of the parameter).
+            logit_bias (): added to every logit; None is 0.
+        Returns:
+            loss (): float32. The sum over this rank's images and all texts, divided by the number of images; with
+            several processes, by the mean number of images per rank, so that the mean over ranks is the global loss.
+        Raises:
+            ValueError, TypeError: as `vlmfast.ops.sigmoid_loss`; image_features and text_features differ in rows; ranks
+                differ in dim, dtype or in what needs a gradient (on every rank alike); rank and world_size are not
+                those of torch.distributed.
+            RuntimeError: another rank has died or did not answer within the process group's timeout; a second
+                derivative is asked for.
+        """
+        bias = 0.0 if logit_bias is None else logit_bias
+        if self.world_size == 1:
+            if image_features.shape[:1] != text_features.shape[:1]:
+                raise ValueError(
+                    "SigLipLoss: image_features and text_features must have the same number of rows; "
+                    f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+                )
+            loss = sigmoid_loss(image_features, text_features, logit_scale, bias)
+        else:
+            loss = self._global_loss(image_features, text_features, logit_scale, bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _global_loss(
+        self, image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+    ) -> Tensor:
+        distributed.check_rank("SigLipLoss", self.rank, self.world_size)
+        scale = _pairs.scalar("SigLipLoss", "logit_scale", logit_scale, image)
+        bias = _pairs.scalar("SigLipLoss", "logit_bias", logit_bias, image)
+        wanted = [torch.is_grad_enabled() and t.requires_grad for t in (image, text)]
+        sizes = distributed.shard_sizes("SigLipLoss", image, text, gradients=wanted)
+        _pairs.check_features("SigLipLoss", image, text)
+        loss: Tensor = _Blocks.apply(image, text, scale, bias, sizes, wanted)
+        return loss
+
+
+class _Blocks(torch.autograd.Function):
+    """This rank's images against all texts, a shard of texts at a time.
+
+    No normaliser has to wait for the other blocks: the gradients are computed with the loss, and those of a shard of
+    texts follow it round the ring.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, sizes: list[int], wanted: list[bool]
+    ) -> Tensor:
+        rank, world_size = distributed.rank_and_world_size()
+        sums: list[Tensor] = []
+        d_text = distributed.Homeward(sizes)
+        for owner, (shard,) in distributed.ring([text], sizes):
+            # The positives are on the diagonal of the rank's own texts; past the end of a shard there are none.
+            offset = 0 if owner == rank else len(shard)
+            loss, d_image, part, d_scale, d_bias = tile_forward(image, shard, scale, bias, None, None, offset, *wanted)
+            block = [loss, d_image, d_scale, d_bias]
+            sums = [a + b for a, b in zip(sums, block, strict=True)] if sums else block
+            if wanted[1]:
+                d_text.add(owner, part)
+        total, d_image, d_scale, d_bias = sums
+        ctx.unit = world_size / sum(sizes)
+        ctx.dtypes = [t.dtype for t in (image, text, scale, bias)]
+        ctx.save_for_backward(d_image, d_text.total() if wanted[1] else d_image, d_scale, d_bias)
+        return total * ctx.unit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "SigLipLoss over several processes: the second derivative is not implemented (create_graph=True)"
+            )
+        saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        gradients = ((t * (grad * ctx.unit)).to(dtype) if wanted else None for t, dtype, wanted in saved)
+        return (*gradients, None, None)
