@@ -158,7 +158,8 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row_stats (3, n), col_stats (3, m) or (3, 0), shift (), kept, which is dot (and shift infinite) if asked for."""
-    split, config = pairs.wants_float32(image), pairs.config(image)
+    split = pairs.wants_float32(image)
+    config = pairs.config(image, split)
     x, y = pairs.operands(image, split), pairs.operands(text, split)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
     groups = row_codes is not None
@@ -212,7 +213,8 @@ def backward(
     text_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text (empty where not wanted) and scale."""
-    split, config = pairs.wants_float32(image), pairs.config(image)
+    split = pairs.wants_float32(image)
+    config = pairs.config(image, split)
     x, y = pairs.operands(image, split), pairs.operands(text, split)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
     # The scale's gradient is read off a feature gradient, so one of the two is always accumulated.

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
+MAX_BLOCK_N = 64
+"""The epilogue needs more registers than those of info_nce."""
 
 
 @triton.jit
@@ -79,7 +81,8 @@ def forward(
     text_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sums over all pairs: loss, gradients of image and text (0 rows where not wanted), of scale and bias; float32."""
-    split, config = pairs.wants_float32(image), pairs.config(image)
+    split = pairs.wants_float32(image)
+    config = pairs.config(image, split, MAX_BLOCK_N)
     x, y = pairs.operands(image, split), pairs.operands(text, split)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
     d_image = image.new_zeros((n if image_grad else 0, dim), dtype=torch.float32)

@@ -1,0 +1,154 @@
+"""Compiles the Triton kernels for every supported architecture, without a GPU, and reports what they use.
+
+`python tests/kernels/aot.py` writes the table beside it, resources.json; tests/kernels/test_aot.py compares. Peers'
+kernels are compiled the same way where they are installed, and stand beside ours. Run it without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vlmfast.kernels import info_nce, pairs, sigmoid_loss
+
+TABLE = Path(__file__).with_name("resources.json")
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+POINTERS = {
+    "x_hi": "*fp16", "x_lo": "*fp16", "y_hi": "*fp16", "y_lo": "*fp16", "row_codes": "*i32", "col_codes": "*i32",
+}  # fmt: skip
+INTEGERS = ("n", "m", "dim", "label_offset", "first_row", "first_col", "chunk_cols")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    function: Any
+    constants: dict[str, Any]
+    types: dict[str, str] = field(default_factory=dict)
+
+
+def kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:
+    """Every kernel as its launcher would compile it, for float16 products and for split ones."""
+    found = {}
+    for split, groups in itertools.product((False, True), repeat=2):
+        wide = pairs.config_for(capability, split)
+        narrow = pairs.config_for(capability, split, sigmoid_loss.MAX_BLOCK_N)
+        for name, function, config, knobs in (
+            ("info_nce exp_sums", info_nce.exp_sums_kernel, wide, {"COLUMNS": True, "KEEP": groups}),
+            ("info_nce online", info_nce.online_kernel, wide, {"COLUMNS": groups}),
+            ("info_nce gradient", info_nce.gradient_kernel, wide, {"KEPT": False}),
+            ("sigmoid_loss", sigmoid_loss.sigmoid_kernel, narrow, {"GRADIENT": True}),
+        ):
+            tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+            kernel = Kernel(
+                function, {**tile, "SPLIT": split, "GROUPS": groups, **knobs}, {"out": "*fp32" if split else "*fp16"}
+            )
+            found[name + (", float32" if split else "") + (", groups" if groups else "")] = (kernel, config)
+    return found
+
+
+def compile_kernel(kernel: Kernel, target: GPUTarget, num_warps: int, num_stages: int) -> Any:
+    names = kernel.function.arg_names
+    types = {
+        name: "constexpr" if name in kernel.constants
+        else "i32" if name in INTEGERS
+        else kernel.types.get(name) or POINTERS.get(name, "*fp32")
+        for name in names
+    }  # fmt: skip
+    aligned = {
+        (k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if types[name][0] == "*" or name == "dim"
+    }
+    source = ASTSource(kernel.function, types, kernel.constants, aligned)
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+
+
+def resources(compiled: Any) -> dict[str, int | str]:
+    """Registers, bytes of stack and spills, shared memory, matrix instruction, and exponentials per thread."""
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    matrix = next(name for name in ("wgmma", "tcgen05", "mma.sync", "none") if name in ptx or name == "none")
+    return {
+        "registers": numbers["REG"], "stack": numbers["STACK"], "spills": numbers["LOCAL"],
+        "shared": compiled.metadata.shared, "matrix": matrix, "exps_per_thread": ptx.count("ex2.approx"),
+    }  # fmt: skip
+
+
+def cuobjdump() -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def table(capability: int) -> dict[str, dict[str, int | str]]:
+    target = GPUTarget("cuda", capability, 32)
+    found = {}
+    for name, (kernel, config) in kernels(capability).items():
+        found[name] = resources(compile_kernel(kernel, target, config.num_warps, config.num_stages))
+        found[name]["logits_per_thread"] = config.block_m * config.block_n // (32 * config.num_warps)
+    return found
+
+
+def peers(capability: int) -> Iterator[tuple[str, dict[str, int | str]]]:
+    """The forward kernels of memeff and inf-cl at D = 256 in float16, as their launchers choose, where installed."""
+    for name, build in (("memeff", _memeff), ("inf-cl", _inf_cl)):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name} is not installed: no row")
+            continue
+        kernel, warps, stages = build()
+        compiled = compile_kernel(kernel, GPUTarget("cuda", capability, 32), warps, stages)
+        yield f"{name} {version} forward", resources(compiled)
+
+
+def _memeff() -> tuple[Kernel, int, int]:
+    from memeff.distributed_clip_loss import INPUT_PRECISION, clip_denom_kernel
+
+    constants = {"BLOCK_SIZE_I": 128, "BLOCK_SIZE_J": 128, "BLOCK_SIZE_D": 64, "D_MODEL": 256}
+    types = {name: "*fp16" if name in ("X_ptr", "Y_ptr") else "i32" for name in clip_denom_kernel.arg_names}
+    types |= {"sum_exp_row_ptr": "*fp32", "sum_exp_col_ptr": "*fp32", "inv_temperature": "fp32"}
+    return Kernel(clip_denom_kernel, {**constants, "INPUT_PRECISION": INPUT_PRECISION}, types), 4, 3
+
+
+def _inf_cl() -> tuple[Kernel, int, int]:
+    from inf_cl.flash import _prob_fwd_kernel
+
+    types = {"Q": "*fp16", "K": "*fp16", "LSE": "*fp32", "nheads": "i32", "seqlen_q": "i32", "seqlen_k": "i32"}
+    return Kernel(_prob_fwd_kernel, {"BLOCK_HEADDIM": 256, "BLOCK_M": 64, "BLOCK_N": 64}, types), 8, 1
+
+
+def compile_for_amd() -> dict[str, int]:
+    """Bytes of each kernel's code for gfx942, which is compiled and not looked into."""
+    target = GPUTarget("hip", "gfx942", 64)
+    found = {}
+    for name, (kernel, config) in kernels(80).items():
+        code = compile_kernel(kernel, target, config.num_warps, 2).asm["hsaco"]
+        found[name] = len(code)
+    return found
+
+
+def main() -> None:
+    found: dict[str, Any] = {"triton": triton.__version__}
+    for capability in CAPABILITIES:
+        found[f"sm_{capability}"] = {**table(capability), **dict(peers(capability))}
+        print(f"sm_{capability}", json.dumps(found[f"sm_{capability}"], indent=1), flush=True)
+    TABLE.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
