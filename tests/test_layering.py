@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,17 @@ def test_imports_go_down(path: Path) -> None:
             continue
         target = name.split(".")[1]
         assert target in ALLOWED[here] | {here}, f"{here or 'vlmfast'} imports {name}"
+
+
+KERNELS = sorted((ROOT.parent / "kernels" / "triton").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_import_torch_and_triton_only(path: Path) -> None:
+    for name, _ in imports(path):
+        first = name.split(".")[0]
+        known = first in {"torch", "triton"} | sys.stdlib_module_names or name.startswith("vlmfast.kernels")
+        assert known, f"imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

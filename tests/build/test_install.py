@@ -79,7 +79,9 @@ def test_the_package_holds_its_data(checkout: Path, tmp_path: Path) -> None:
     assert (tmp_path / "vlmfast" / "py.typed").exists()
     assert (tmp_path / "vlmfast" / "data" / "tokenizer" / "tokenizer.json").exists()
     packaged = {str(p.relative_to(tmp_path)) for p in (tmp_path / "vlmfast").rglob("*.py")}
-    assert packaged == {str(p.relative_to(checkout)) for p in (checkout / "vlmfast").rglob("*.py")}
+    kernels = {f"vlmfast/kernels/{p.name}" for p in (checkout / "kernels" / "triton").glob("*.py")}
+    assert kernels
+    assert packaged == kernels | {str(p.relative_to(checkout)) for p in (checkout / "vlmfast").rglob("*.py")}
 
 
 def test_a_required_extension_that_cannot_be_built_is_an_error(checkout: Path, tmp_path: Path) -> None:
