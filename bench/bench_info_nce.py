@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from harness import Loss, Op, Provider, main, on_gpu, require
+from harness import Loss, Op, Provider, backend_rows, compiled, main, on_gpu, require, run_under_pytest
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import info_nce
-from vlmfast.ops.info_nce import reference
+from vlmfast.ops.info_nce import IMPLS, reference
 
 SCALE = 50.0
 
@@ -69,21 +70,36 @@ OP = Op(
     reference=reference,
     baseline="open_clip",
     providers={
-        "vlmfast kept": Provider(lambda device: ours(False), 6),
+        "vlmfast kept": Provider(lambda device: ours(False), 6, matrices=2),
         "vlmfast streamed": Provider(lambda device: ours(True), 8),
         "vlmfast forward": Provider(lambda device: ours(True), 2, forward_only=True),
-        "vlmfast kept, image frozen": Provider(lambda device: ours(False), 4, frozen=True),
+        "vlmfast kept, image frozen": Provider(lambda device: ours(False), 4, frozen=True, matrices=2),
         "vlmfast streamed, image frozen": Provider(lambda device: ours(True), 6, frozen=True),
-        "open_clip": Provider(open_clip, 12, dtypes=("float32", "bfloat16")),
-        "transformers": Provider(transformers, 6, dtypes=("float32", "bfloat16")),
+        **backend_rows(
+            IMPLS,
+            {
+                " kept": Provider(lambda device: ours(False), 6, matrices=3),
+                " streamed": Provider(lambda device: ours(True), 8),
+            },
+        ),
+        "open_clip": Provider(open_clip, 12, matrices=5, dtypes=("float32", "bfloat16")),
+        "transformers": Provider(transformers, 6, matrices=5, dtypes=("float32", "bfloat16")),
         "transformers compiled": Provider(
-            lambda device: torch.compile(transformers(device)), 6, dtypes=("float32", "bfloat16")
+            lambda device: compiled(transformers(device)), 6, matrices=3, dtypes=("float32", "bfloat16")
         ),
         "torch in chunks": Provider(lambda device: chunked, 16, dtypes=("float32", "bfloat16")),
         "memeff": Provider(memeff, 10),
         "inf-cl": Provider(inf_cl, 20),
     },
 )
+
+
+@pytest.mark.parametrize("rows", [1024, 4096])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", list(OP.providers))
+def test_info_nce(benchmark, name: str, dtype: str, rows: int) -> None:
+    run_under_pytest(OP, name, rows, dtype, benchmark)
+
 
 if __name__ == "__main__":
     main(OP, __file__, __doc__)

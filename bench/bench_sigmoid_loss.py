@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from harness import Loss, Op, Provider, main, on_gpu, require
+from harness import Loss, Op, Provider, backend_rows, compiled, main, on_gpu, require, run_under_pytest
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import sigmoid_loss
-from vlmfast.ops.sigmoid_loss import reference
+from vlmfast.ops.sigmoid_loss import IMPLS, reference
 
 
 def open_clip(device: str) -> Loss:
@@ -38,14 +39,23 @@ OP = Op(
         "vlmfast": Provider(lambda device: sigmoid_loss, 6),
         "vlmfast, image frozen": Provider(lambda device: sigmoid_loss, 4, frozen=True),
         "vlmfast forward": Provider(lambda device: sigmoid_loss, 2, forward_only=True),
-        "open_clip": Provider(open_clip, 6, dtypes=("float32", "bfloat16")),
-        "transformers": Provider(lambda device: transformers, 6, dtypes=("float32", "bfloat16")),
+        **backend_rows(IMPLS, {"": Provider(lambda device: sigmoid_loss, 6)}),
+        "open_clip": Provider(open_clip, 6, matrices=5, dtypes=("float32", "bfloat16")),
+        "transformers": Provider(lambda device: transformers, 6, matrices=5, dtypes=("float32", "bfloat16")),
         "transformers compiled": Provider(
-            lambda device: torch.compile(transformers), 6, dtypes=("float32", "bfloat16")
+            lambda device: compiled(transformers), 6, matrices=3, dtypes=("float32", "bfloat16")
         ),
         "siglip-kernel": Provider(siglip_kernel, 6),
     },
 )
+
+
+@pytest.mark.parametrize("rows", [1024, 4096])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", list(OP.providers))
+def test_sigmoid_loss(benchmark, name: str, dtype: str, rows: int) -> None:
+    run_under_pytest(OP, name, rows, dtype, benchmark)
+
 
 if __name__ == "__main__":
     main(OP, __file__, __doc__)

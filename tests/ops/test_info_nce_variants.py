@@ -3,7 +3,7 @@ from __future__ import annotations
 import contrastive
 import pytest
 import torch
-from contrastive import pairs, unit
+from contrastive import pairs, unit, use_backend
 from numerics import loss_and_gradients
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,9 +14,7 @@ from vlmfast.ops.info_nce import IMPLS, reference
 
 @pytest.fixture(params=list(IMPLS))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if reason := IMPLS[request.param].unsupported(torch.zeros(1, 1)):
-        pytest.skip(reason)
-    monkeypatch.setenv("VLMFAST_BACKEND", request.param)
+    use_backend(monkeypatch, IMPLS, request.param)
     return request.param
 
 

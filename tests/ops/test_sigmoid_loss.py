@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import contrastive
 import pytest
 import torch
@@ -202,6 +204,16 @@ def test_not_a_number_comes_out_as_one(backend: str) -> None:
             "text must have image's dtype torch.float32; got torch.float16",
         ),
         ({"text": torch.randn(4, 7)}, ValueError, r"text must have image's dim 8; got \(4, 7\)"),
+        ({"text": torch.randn(0, 8)}, ValueError, r"text must be .* not empty; got \(0, 8\)"),
+        ({"image": torch.randn(4, 8).double()}, TypeError, "image must be float32, float16 or bfloat16; got torch.f"),
+        ({"text": torch.randn(4, 8, device="meta")}, ValueError, "text must be on image's device cpu; got meta"),
+        ({"groups": torch.arange(4)}, TypeError, r"groups must be \(row_ids, col_ids\); got Tensor"),
+        (
+            {"groups": (torch.rand(4), torch.arange(4))},
+            TypeError,
+            "groups row_ids must be an integer tensor; got torch",
+        ),
+        ({"groups": (torch.arange(4), torch.arange(5))}, ValueError, r"groups col_ids must be \(4,\); got \(5,\)"),
         ({"bias": torch.tensor(3)}, TypeError, "bias must be floating point; got torch.int64"),
         ({"bias": torch.ones(2)}, ValueError, r"bias must have one element; got \(2,\)"),
         ({"scale": torch.ones((), device="meta")}, ValueError, "scale must be on image's device cpu; got meta"),
@@ -216,6 +228,41 @@ def test_bad_input_is_named(change: dict[str, object], error: type[Exception], m
     arguments = {"image": torch.randn(4, 8), "text": torch.randn(4, 8), "scale": 3.0, "bias": -1.0, **change}
     with pytest.raises(error, match=f"^sigmoid_loss: .*{message}"):
         sigmoid_loss(**arguments)
+
+
+@pytest.mark.parametrize("options", [{"label_offset": 9}, {"groups": (torch.arange(37) % 5, torch.arange(53) % 7)}])
+def test_the_torch_backend_in_chunks(monkeypatch: pytest.MonkeyPatch, options: dict[str, object]) -> None:
+    """Rows by tens, the last chunk shorter."""
+    monkeypatch.setenv("VLMFAST_BACKEND", "torch")
+    monkeypatch.setattr(sys.modules["vlmfast.ops.sigmoid_loss"], "CHUNK_ELEMENTS", 10 * 53)
+    check(unit(37, 8), unit(53, 8), 10.0, -5.0, **options)
+
+
+def test_equals_the_loss_inside_siglip_of_transformers(backend: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.SiglipConfig(
+        text_config={**sizes, "vocab_size": 20, "max_position_embeddings": 4, "projection_size": 16},
+        vision_config={**sizes, "image_size": 8, "patch_size": 4},
+    )
+    model = transformers.SiglipModel(config).eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(2.0)
+        model.logit_bias.fill_(-3.0)
+    out = model(torch.randint(20, (9, 4)), torch.randn(9, 3, 8, 8), return_loss=True)
+    ours = sigmoid_loss(out.image_embeds, out.text_embeds, model.logit_scale.exp(), model.logit_bias)
+    torch.testing.assert_close(ours, out.loss, rtol=1e-6, atol=1e-6)
+    parameters = (model.logit_scale, model.logit_bias, model.vision_model.embeddings.patch_embedding.weight)
+    for got, want in zip(
+        torch.autograd.grad(ours, parameters, retain_graph=True), torch.autograd.grad(out.loss, parameters), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_forced_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLMFAST_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="VLMFAST_BACKEND cannot run: cuda: "):
+        sigmoid_loss(torch.randn(4, 8), torch.randn(4, 8), 1.0, 0.0)
 
 
 def test_explain() -> None:

@@ -74,7 +74,7 @@ def reference(
         if exclude_positive:
             each = logits.masked_fill(positive, -math.inf).logsumexp(1) - (logits * positive).sum(1)
         else:
-            target = (positive / positive.sum(1, keepdim=True).clamp(min=1)).to(logits.dtype)
+            target = positive.to(logits.dtype) / positive.sum(1, keepdim=True).clamp(min=1)
             each = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
         return each.where(has_loss, 0).sum() / has_loss.sum().clamp(min=1)
 
