@@ -43,5 +43,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_bf16_schedule", &vlmfast::force_bf16_schedule, "For tests: see csrc/ops.h.");
   m.def("info_nce_forward", &vlmfast::info_nce_forward, release());
   m.def("info_nce_backward", &vlmfast::info_nce_backward, release());
+  m.def("patch_embed_forward", &vlmfast::patch_embed_forward, release());
+  m.def("patch_embed_backward", &vlmfast::patch_embed_backward, release());
   m.def("sigmoid_loss_forward", &vlmfast::sigmoid_loss_forward, release());
 }

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace vlmfast {
 
@@ -29,6 +30,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
     const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale, const at::Tensor& bias,
     const std::optional<at::Tensor>& row_codes, const std::optional<at::Tensor>& col_codes, int64_t label_offset,
     bool image_grad, bool text_grad);
+
+using FloatList = std::optional<std::vector<double>>;
+
+// tokens (B, k + K, O).
+at::Tensor patch_embed_forward(const at::Tensor& pixels, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                               const std::optional<at::Tensor>& prefix, const std::optional<at::Tensor>& position,
+                               const std::optional<at::Tensor>& keep, const FloatList& mean, const FloatList& std, bool pad,
+                               at::ScalarType product_dtype, at::ScalarType token_dtype);
+
+// weight_grad (O, C, p, q) and token_grad (k + n, O), float32; (0,) where not asked for.
+std::tuple<at::Tensor, at::Tensor> patch_embed_backward(const at::Tensor& grad, const at::Tensor& pixels,
+                                                        const at::Tensor& weight, const std::optional<at::Tensor>& keep,
+                                                        int64_t prefix_tokens, bool weight_grad, bool token_grad,
+                                                        const FloatList& mean, const FloatList& std, bool pad,
+                                                        at::ScalarType product_dtype, at::ScalarType token_dtype);
 
 // "avx512", "avx2" or "baseline": the instruction set that the CPU kernels run with, from at::get_cpu_capability().
 std::string cpu_isa();

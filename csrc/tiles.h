@@ -8,30 +8,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/tile.h"
-#include "ops.h"
+#include "gemm.h"
 
 namespace vlmfast {
-
-// The most rows of a tile, and its columns. Of the sizes tried (64 to 256 each way) the fastest: three operands of a product
-// stay in a second-level cache of 1 MB.
-constexpr int64_t kRows = 192, kCols = 128;
-static_assert(kRows <= cpu::kMaxTile && kCols <= cpu::kMaxTile);
-
-// cpu::<isa>::name for the processor that this runs on.
-#if defined(__x86_64__)
-#define VLMFAST_KERNELS(name) choose_isa(cpu::baseline::name, cpu::avx2::name, cpu::avx512::name)
-#else
-#define VLMFAST_KERNELS(name) cpu::baseline::name
-#endif
-
-template <class Kernels>
-const Kernels& choose_isa(const Kernels& baseline, const Kernels& avx2, const Kernels& avx512) {
-  static const std::string isa = cpu_isa();
-  return isa == "avx512" ? avx512 : isa == "avx2" ? avx2 : baseline;
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Features (n, D) and (m, D) in the forms that tile products read: float32 or, where both are bfloat16 and the processor
 // multiplies it, bfloat16 with float32 sums.
@@ -63,13 +42,6 @@ class FeatureTiles {
   void add_product(int64_t out_rows, int64_t inner, const at::BFloat16* tile, const at::Tensor& pairs, int64_t k,
                    float* out) const;
 };
-
-// Asks the system for large pages under a tensor that is about to be written for the first time: on a buffer of n * m floats
-// the faults of small ones cost as much as a tenth of the whole loss.
-void advise_huge_pages(const at::Tensor& fresh);
-
-// Frees what tile products hold on the calling thread; once at the end of each parallel region.
-void release_thread();
 
 // Calls f(band, row_tile, col_tile) for every tile of the grid. The grid is cut into bands x bands blocks; in step t band b
 // works on block (b, b + t), so that at any moment no two threads share a row tile or a column tile: f may accumulate into

@@ -57,9 +57,16 @@ static inline Vec shuffle(Vec a, Vec b, IntVec which) {
 
 static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+#if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
+static inline __mmask16 first_lanes(int64_t count) { return __mmask16((1u << count) - 1); }
+#endif
+
 // The first `count` floats at p; `fill` in the lanes after them.
 static inline Vec load(const float* p, int64_t count, float fill) {
   if (count == kWidth) return load(p);
+#if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
+  return Vec(_mm512_mask_loadu_ps(__m512(splat(fill)), first_lanes(count), p));
+#endif
   float lanes[kWidth];
   for (int64_t k = 0; k < kWidth; ++k) lanes[k] = k < count ? p[k] : fill;
   return load(lanes);
@@ -67,6 +74,9 @@ static inline Vec load(const float* p, int64_t count, float fill) {
 
 static inline void store(float* p, int64_t count, Vec v) {
   if (count == kWidth) return store(p, v);
+#if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
+  return _mm512_mask_storeu_ps(p, first_lanes(count), __m512(v));
+#endif
   float lanes[kWidth];
   store(lanes, v);
   for (int64_t k = 0; k < count; ++k) p[k] = lanes[k];
@@ -109,6 +119,24 @@ static inline float reduce_max(Vec v) {
   for (int64_t half = kWidth / 2; half > 0; half /= 2)
     for (int64_t k = 0; k < half; ++k) lanes[k] = lanes[k] > lanes[k + half] ? lanes[k] : lanes[k + half];
   return lanes[0];
+}
+
+using Bf16Vec = uint16_t __attribute__((vector_size(VLMFAST_SIMD_WIDTH * 2)));
+
+// Rounded to nearest even; a NaN stays one.
+static inline Bf16Vec to_bf16(Vec x) {
+  IntVec bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const IntVec rounded = x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+  return __builtin_convertvector((rounded >> 16) & 0xffff, Bf16Vec);
+}
+
+// The first `count` lanes, as float32 or bfloat16.
+static inline void put(float* to, Vec x, int64_t count) { store(to, count, x); }
+
+static inline void put(uint16_t* to, Vec x, int64_t count) {
+  const Bf16Vec v = to_bf16(x);
+  std::memcpy(to, &v, count * sizeof(uint16_t));
 }
 
 constexpr float kRoundToInteger = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits

@@ -17,22 +17,6 @@ double dot(const float* a, const float* b, int64_t count) {
   return total;
 }
 
-using Bf16Vec = uint16_t __attribute__((vector_size(VLMFAST_SIMD_WIDTH * 2)));
-
-inline Bf16Vec to_bf16(Vec x) {
-  IntVec bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const IntVec rounded = x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
-  return __builtin_convertvector((rounded >> 16) & 0xffff, Bf16Vec);
-}
-
-inline void put(float* to, Vec x, int64_t count) { store(to, count, x); }
-
-inline void put(uint16_t* to, Vec x, int64_t count) {
-  const Bf16Vec v = to_bf16(x);
-  std::memcpy(to, &v, count * sizeof(uint16_t));
-}
-
 void round_to_bf16(const float* tile, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride) {
   for (int64_t i = 0; i < rows; ++i)
     for_each_in_row(tile + i * stride, cols, [&](Vec x, int64_t j, int64_t count) { put(out + i * out_stride + j, x, count); });

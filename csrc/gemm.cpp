@@ -1,0 +1,164 @@
+#include "gemm.h"
+
+#include <ATen/Context.h>
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <chrono>
+#include <type_traits>
+
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
+namespace vlmfast {
+
+std::string cpu_isa() {
+#if defined(__x86_64__)
+  const std::string capability = at::get_cpu_capability();
+  if (capability.rfind("AVX512", 0) == 0) return "avx512";
+  if (capability == "AVX2") return "avx2";
+#endif
+  return "baseline";
+}
+
+namespace {
+bool bf16_schedule_forced = false;
+}
+
+bool wants_bf16_schedule() { return has_bf16_products() || bf16_schedule_forced; }
+
+bool has_brgemm() {
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  // ATen offers no query: brgemm raises where oneDNN has no kernel for this processor.
+  static const bool available = [] {
+    const float one = 1.0f;
+    float product = 0.0f;
+    try {
+      at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, &one, &one, &product, false);
+    } catch (const c10::Error&) {
+      return false;
+    }
+    return product == 1.0f;
+  }();
+  return available && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+bool has_bf16_products() {
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
+  // oneDNN also offers brgemm in bfloat16 where it only emulates it, slower than float32. One product of integers proves
+  // the layout of the operands before anything relies on it.
+  static const bool available = [] {
+    if (cpu_isa() != "avx512" || !__builtin_cpu_supports("avx512bf16")) return false;
+    const at::BFloat16 a[8] = {1, 2, 3, 4, 5, 6, 7, 8}, b[8] = {1, 3, 2, 4, 5, 7, 6, 8};  // (2, 4) and (4, 2) in pairs
+    float product[4];
+    try {
+      at::native::cpublas::brgemm(2, 2, 4, 4, 2, 2, false, a, b, product, true);
+      at::native::cpublas::brgemm_release(true);
+    } catch (const c10::Error&) {
+      return false;
+    }
+    return product[0] == 50 && product[1] == 60 && product[2] == 114 && product[3] == 140;
+  }();
+  return available && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+void force_bf16_schedule(bool force) { bf16_schedule_forced = force; }
+
+void release_thread() {
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  if (has_brgemm()) at::native::cpublas::brgemm_release(false);
+  if (has_bf16_products()) at::native::cpublas::brgemm_release(true);
+#endif
+}
+
+void advise_huge_pages([[maybe_unused]] const at::Tensor& fresh) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + fresh.nbytes()) / page * page;
+  // Advice: where the system does not take it, small pages serve.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+void tile_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+               int64_t ldc, bool accumulate) {
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  if (has_brgemm()) {
+    // oneDNN adds up all of k in one chain of roundings; in blocks of 128 the error of a dot product is that of a good BLAS.
+    constexpr int64_t block = 128;
+    for (int64_t k0 = 0; k0 < k; k0 += block)
+      at::native::cpublas::brgemm(m, n, std::min(block, k - k0), lda, ldb, ldc, accumulate || k0 > 0, a + k0, b + k0 * ldb,
+                                  c, false);
+    return;
+  }
+#endif
+  const auto a_tile = at::from_blob(const_cast<float*>(a), {m, k}, {lda, 1}, at::kFloat);
+  const auto b_tile = at::from_blob(const_cast<float*>(b), {k, n}, {ldb, 1}, at::kFloat);
+  auto c_tile = at::from_blob(c, {m, n}, {ldc, 1}, at::kFloat);
+  c_tile.addmm_(a_tile, b_tile, accumulate ? 1 : 0);
+}
+
+void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, float* c,
+               int64_t ldc, bool accumulate) {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  if (has_bf16_products()) {
+    at::native::cpublas::brgemm(m, n, k, lda, n, ldc, accumulate, a, b, c, true);
+    return;
+  }
+#endif
+  const auto widened_a =
+      at::from_blob(const_cast<at::BFloat16*>(a), {m, k}, {lda, 1}, at::kBFloat16).to(at::kFloat, false, false).contiguous();
+  const auto widened_b = at::from_blob(const_cast<at::BFloat16*>(b), {k / 2, n, 2}, at::kBFloat16)
+                             .to(at::kFloat)
+                             .permute({0, 2, 1})
+                             .contiguous();
+  tile_gemm(m, n, k, widened_a.const_data_ptr<float>(), k, widened_b.const_data_ptr<float>(), n, c, ldc, accumulate);
+}
+
+namespace {
+
+template <class T>
+double product_gflops() {
+  constexpr int64_t dim = 512, repeats = 40;
+  const int64_t threads = at::get_num_threads();
+  const auto dtype = c10::CppTypeToScalarType<T>::value;
+  const auto a = at::ones({threads, kRows, dim}, dtype), b = at::ones({threads, dim, kCols}, dtype);
+  auto c = at::empty({threads, kRows, kCols}, at::kFloat);
+  const auto run = [&](int64_t count) {
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const T *left = a.template const_data_ptr<T>() + t * kRows * dim, *right = b.template const_data_ptr<T>() + t * dim * kCols;
+        float* out = c.template mutable_data_ptr<float>() + t * kRows * kCols;
+        for (int64_t k = 0; k < count; ++k)
+          if constexpr (std::is_same_v<T, float>)
+            tile_gemm(kRows, kCols, dim, left, dim, right, kCols, out, kCols, false);
+          else
+            tile_gemm(kRows, kCols, dim, left, dim, right, out, kCols, false);
+      }
+      release_thread();
+    });
+  };
+  run(1);
+  const auto start = std::chrono::steady_clock::now();
+  run(repeats);
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+  return 2e-9 * double(threads * repeats * kRows * kCols * dim) / elapsed.count();
+}
+
+}  // namespace
+
+double tile_product_gflops(bool bf16) { return bf16 ? product_gflops<at::BFloat16>() : product_gflops<float>(); }
+
+}  // namespace vlmfast

@@ -1,0 +1,56 @@
+// What every CPU schedule starts from: products of tiles that stay in cache, and the kernels of this processor.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/tile.h"
+#include "ops.h"
+
+namespace vlmfast {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The most rows of a tile, and its columns. Of the sizes tried (64 to 256 each way) the fastest: three operands of a product
+// stay in a second-level cache of 1 MB.
+constexpr int64_t kRows = 192, kCols = 128;
+static_assert(kRows <= cpu::kMaxTile && kCols <= cpu::kMaxTile);
+
+// cpu::<isa>::name for the processor that this runs on.
+#if defined(__x86_64__)
+#define VLMFAST_KERNELS(name) choose_isa(cpu::baseline::name, cpu::avx2::name, cpu::avx512::name)
+#else
+#define VLMFAST_KERNELS(name) cpu::baseline::name
+#endif
+
+template <class Kernels>
+const Kernels& choose_isa(const Kernels& baseline, const Kernels& avx2, const Kernels& avx512) {
+  static const std::string isa = cpu_isa();
+  return isa == "avx512" ? avx512 : isa == "avx2" ? avx2 : baseline;
+}
+
+// `rows` cut into steps of at most kRows that are as equal as multiples of 8 can be.
+inline int64_t equal_steps(int64_t rows) { return ceil_div(ceil_div(rows, ceil_div(rows, kRows)), 8) * 8; }
+
+// c (m, n) = a (m, k) b (k, n), or += with accumulate; row-major with the given row strides, on the calling thread.
+void tile_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+               int64_t ldc, bool accumulate);
+
+// The same for bfloat16 operands and a float32 result, with b in pairs of rows: (k / 2, n, 2), k even. Where the processor
+// has no bfloat16 products, on widened copies.
+void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, float* c,
+               int64_t ldc, bool accumulate);
+
+// Whether bfloat16 features are to be multiplied as such: the processor can, or `force_bf16_schedule` was called.
+bool wants_bf16_schedule();
+
+// Asks the system for large pages under a tensor that is about to be written for the first time: on a buffer of n * m floats
+// the faults of small ones cost as much as a tenth of the whole loss.
+void advise_huge_pages(const at::Tensor& fresh);
+
+// Frees what tile products hold on the calling thread; once at the end of each parallel region.
+void release_thread();
+
+}  // namespace vlmfast

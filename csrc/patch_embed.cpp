@@ -1,0 +1,357 @@
+// The schedule of patch_embed on a CPU: blocks of patches are read from the pixels into cache, normalised on the way, and
+// multiplied there, in both directions. Equations: vlmfast/ops/patch_embed.py.
+#include "cpu/patch_embed.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+#include <type_traits>
+#include <vector>
+
+#include "gemm.h"
+#include "ops.h"
+
+namespace vlmfast {
+namespace {
+
+const cpu::PatchEmbedKernels& kernels() { return VLMFAST_KERNELS(patch_embed); }
+
+// The taken patches of a batch as rows of a matrix. Entries of a patch are in the order that the pixels have in memory:
+// row, column, channel where channels are interleaved, else channel, row, column.
+class PatchRows {
+ public:
+  PatchRows(const at::Tensor& given, const at::Tensor& weight, const std::optional<at::Tensor>& keep_,
+            const FloatList& mean, const FloatList& std, bool pad)
+      : pixels(in_lines(given)),
+        keep(keep_ ? keep_->contiguous() : at::Tensor()),
+        interleaved(pixels.stride(1) == 1 && pixels.stride(3) == pixels.size(1)),
+        channels(pixels.size(1)),
+        patch_height(weight.size(2)),
+        patch_width(weight.size(3)) {
+    const int64_t height = pixels.size(2), width = pixels.size(3);
+    const int64_t grid_rows = (height + (pad ? patch_height - 1 : 0)) / patch_height,
+                  grid_cols = (width + (pad ? patch_width - 1 : 0)) / patch_width;
+    patches = grid_rows * grid_cols;
+    taken = keep_ ? keep.size(1) : patches;
+    rows = pixels.size(0) * taken;
+    entries = channels * patch_height * patch_width;
+
+    const int64_t row_channels = interleaved ? channels : 1;
+    for (int64_t c = 0; c < (interleaved ? 1 : channels); ++c)
+      for (int64_t y = 0; y < patch_height; ++y) {
+        line_offset_.push_back(c * pixels.stride(1) + y * pixels.stride(2));
+        line_row_.push_back(y);
+        for (int64_t x = 0; x < patch_width; ++x)
+          for (int64_t k = c; k < c + row_channels; ++k) {
+            const double range = pixels.scalar_type() == at::kByte ? 255.0 : 1.0;
+            const double spread = std ? (*std)[k] : 1.0, middle = mean ? (*mean)[k] : 0.0;
+            factor_.push_back(float(1.0 / (range * spread)));
+            shift_.push_back(float(-middle / spread));
+          }
+      }
+    layout_ = {pixels.const_data_ptr(),
+               pixels.stride(0),
+               patch_height * pixels.stride(2),
+               patch_width * pixels.stride(3),
+               grid_cols,
+               int64_t(line_offset_.size()),
+               patch_width * row_channels,
+               line_offset_.data(),
+               line_row_.data(),
+               factor_.data(),
+               shift_.data(),
+               height,
+               width * row_channels,
+               patch_height};
+  }
+
+  at::Tensor pixels, keep;
+  bool interleaved;
+  int64_t channels, patch_height, patch_width;
+  int64_t patches, taken, rows, entries;  // patches of an image, those taken, rows of the matrix and its columns
+
+  // Which patch of its image row t is.
+  int64_t patch(int64_t t) const { return keep.defined() ? keep.const_data_ptr<int64_t>()[t] : t % taken; }
+
+  // out (count, stride) <- rows first to first + count.
+  void read(int64_t first, int64_t count, float* out, int64_t stride) const {
+    each(first, count, [&](const auto& read, int64_t image, int64_t patch, int64_t r) {
+      read.read(layout_, image, patch, out + r * stride);
+    });
+  }
+
+  void read(int64_t first, int64_t count, at::BFloat16* out, int64_t stride) const {
+    each(first, count, [&](const auto& read, int64_t image, int64_t patch, int64_t r) {
+      auto* row = reinterpret_cast<uint16_t*>(out + r * stride);
+      read.read_bf16(layout_, image, patch, row);
+      std::fill(row + entries, row + stride, 0);
+    });
+  }
+
+  // weight (O, C, p, q) as rows in the order of a patch's entries, and back.
+  at::Tensor weight_rows(const at::Tensor& weight) const {
+    return (interleaved ? weight.permute({0, 2, 3, 1}) : weight).reshape({weight.size(0), entries});
+  }
+  at::Tensor from_rows(const at::Tensor& rows) const {
+    const int64_t width = rows.size(0);
+    return interleaved ? rows.view({width, patch_height, patch_width, channels}).permute({0, 3, 1, 2}).contiguous()
+                       : rows.view({width, channels, patch_height, patch_width});
+  }
+
+ private:
+  // The pixels, copied where they are not lines of neighbours or of a dtype that is not read.
+  static at::Tensor in_lines(const at::Tensor& given) {
+    const auto pixels = given.scalar_type() == at::kHalf ? given.to(at::kFloat) : given;
+    const bool lines = pixels.stride(3) == 1 || (pixels.stride(1) == 1 && pixels.stride(3) == pixels.size(1));
+    return lines ? pixels : pixels.contiguous();
+  }
+
+  template <class F>
+  void each(int64_t first, int64_t count, const F& f) const {
+    const auto with = [&](const auto& read) {
+      for (int64_t r = 0; r < count; ++r) f(read, (first + r) / taken, patch(first + r), r);
+    };
+    if (pixels.scalar_type() == at::kByte)
+      with(kernels().uint8);
+    else if (pixels.scalar_type() == at::kBFloat16)
+      with(kernels().bfloat16);
+    else
+      with(kernels().float32);
+  }
+
+  std::vector<int64_t> line_offset_, line_row_;
+  std::vector<float> factor_, shift_;
+  cpu::Patches layout_;
+};
+
+// rows (n, k) as panels of kCols columns of its transpose: right-hand sides of tile products. In bfloat16 k is even, and
+// pairs along k, seen as one float, move together.
+at::Tensor panels(const at::Tensor& rows) {
+  const bool pairs = rows.scalar_type() == at::kBFloat16;
+  const int64_t n = rows.size(0), k = rows.size(1) / (pairs ? 2 : 1), count = ceil_div(n, kCols);
+  const auto out = at::zeros({count, k, kCols}, at::kFloat);
+  const auto* in = static_cast<const float*>(rows.const_data_ptr());
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+      VLMFAST_KERNELS(tile).transpose(in + j * kCols * k, k, std::min(kCols, n - j * kCols), k,
+                                      out.mutable_data_ptr<float>() + j * kCols * k, kCols);
+  });
+  return out;
+}
+
+// Right-hand sides of `panels` times rows a (m, k) of stride lda.
+void product(int64_t m, int64_t k, const float* a, const float* panel, float* tile) {
+  tile_gemm(m, kCols, k, a, k, panel, kCols, tile, kCols, false);
+}
+void product(int64_t m, int64_t k, const at::BFloat16* a, const float* panel, float* tile) {
+  tile_gemm(m, kCols, k, a, k, reinterpret_cast<const at::BFloat16*>(panel), tile, kCols, false);
+}
+
+void finish(const float* products, const float* bias, const float* position, int64_t count, float* out) {
+  kernels().finish(products, bias, position, count, out);
+}
+void finish(const float* products, const float* bias, const float* position, int64_t count, at::BFloat16* out) {
+  kernels().finish_bf16(products, bias, position, count, reinterpret_cast<uint16_t*>(out));
+}
+
+struct Added {
+  const float *bias, *position;  // null where there is none
+  int64_t position_image, prefix;  // elements from one image's positions to the next one's; prefix tokens
+};
+
+// tokens (B, prefix + taken, O), all but the prefix.
+template <class Product, class Token>
+void embed(const PatchRows& patches, const at::Tensor& weight, const Added& added, const at::Tensor& tokens) {
+  const int64_t width = weight.size(0), even = patches.entries + (std::is_same_v<Product, float> ? 0 : patches.entries % 2);
+  const auto dtype = c10::CppTypeToScalarType<Product>::value;
+  const auto rows = at::constant_pad_nd(patches.weight_rows(weight).to(dtype), {0, even - patches.entries}).contiguous();
+  const auto right = panels(rows);
+  const int64_t panel = right.stride(0);
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), ceil_div(patches.rows, 64)));
+  const int64_t step = equal_steps(ceil_div(patches.rows, threads));
+  at::parallel_for(0, ceil_div(patches.rows, step), 1, [&](int64_t begin, int64_t end) {
+    const auto block = at::empty({step, even}, dtype), tile = at::empty({step, kCols}, at::kFloat);
+    auto* left = block.template mutable_data_ptr<Product>();
+    float* products = tile.template mutable_data_ptr<float>();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * step, count = std::min(step, patches.rows - first);
+      patches.read(first, count, left, even);
+      for (int64_t col = 0; col < width; col += kCols) {
+        product(count, even, left, right.template const_data_ptr<float>() + col / kCols * panel, products);
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t image = (first + r) / patches.taken, token = (first + r) % patches.taken + added.prefix;
+          const float* position =
+              added.position ? added.position + image * added.position_image +
+                                   (patches.patch(first + r) + added.prefix) * width + col
+                             : nullptr;
+          finish(products + r * kCols, added.bias ? added.bias + col : nullptr, position, std::min(kCols, width - col),
+                 tokens.template mutable_data_ptr<Token>() +
+                     (image * (added.prefix + patches.taken) + token) * width + col);
+        }
+      }
+    }
+    release_thread();
+  });
+}
+
+// f(r, count, rows of grad): the runs of rows first to first + count of the patches' tokens that follow each other in grad
+// (B, prefix + taken, O).
+template <class Token, class F>
+void for_each_run(const PatchRows& patches, const Token* grad, int64_t prefix, int64_t width, int64_t first, int64_t count,
+                  const F& f) {
+  for (int64_t r = 0; r < count;) {
+    const int64_t image = (first + r) / patches.taken, inside = (first + r) % patches.taken;
+    const int64_t run = std::min(patches.taken - inside, count - r);
+    f(r, run, grad + (image * (prefix + patches.taken) + prefix + inside) * width);
+    r += run;
+  }
+}
+
+void transpose(const float* in, int64_t stride, int64_t rows, int64_t cols, float*, float* out, int64_t out_stride) {
+  VLMFAST_KERNELS(tile).transpose(in, stride, rows, cols, out, out_stride);
+}
+void transpose(const float* in, int64_t stride, int64_t rows, int64_t cols, float*, at::BFloat16* out, int64_t out_stride) {
+  VLMFAST_KERNELS(tile).transpose_to_bf16(in, stride, rows, cols, reinterpret_cast<uint16_t*>(out), out_stride);
+}
+template <class Out>
+void transpose(const at::BFloat16* in, int64_t stride, int64_t rows, int64_t cols, float* scratch, Out* out,
+               int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    kernels().widen(reinterpret_cast<const uint16_t*>(in + r * stride), cols, scratch + r * kCols);
+  transpose(scratch, kCols, rows, cols, nullptr, out, out_stride);
+}
+
+constexpr int64_t kGradRows = 256;    // patches that are read at a time
+constexpr int64_t kMostSplits = 8;  // of the sum over patches, each with a gradient of its own in memory
+
+// (O, entries) = grad's rows transposed times the patches. Threads split the sum over patches; beyond kMostSplits of them
+// also the rows of the result, whose shares read the same patches again.
+template <class Product, class Token>
+at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int64_t prefix) {
+  constexpr bool single = std::is_same_v<Product, float>;
+  const int64_t width = grad.size(2), even = patches.entries + (single ? 0 : patches.entries % 2);
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), ceil_div(patches.rows, 64)));
+  const int64_t splits = std::min(threads, kMostSplits), groups = std::min(threads / splits, ceil_div(width, kCols));
+  const int64_t share = ceil_div(patches.rows, splits);
+  const int64_t step = 2 * ceil_div(ceil_div(share, ceil_div(share, kGradRows)), 2);
+  const auto dtype = c10::CppTypeToScalarType<Product>::value;
+  const auto sums = at::zeros({splits, width, even}, at::kFloat);
+  const auto* rows = grad.const_data_ptr<Token>();
+  at::parallel_for(0, splits * groups, 1, [&](int64_t begin, int64_t end) {
+    const auto block = at::zeros({step, even}, dtype), paired = at::empty({single ? 0 : step, even}, dtype);
+    const auto flipped = at::zeros({kCols, step}, dtype), scratch = at::empty({step, kCols}, at::kFloat);
+    auto* left = flipped.template mutable_data_ptr<Product>();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t split = task / groups, group = task % groups;
+      const int64_t last = std::min(patches.rows, (split + 1) * share);
+      const int64_t col_tiles = ceil_div(width, kCols);
+      for (int64_t first = split * share; first < last; first += step) {
+        const int64_t count = std::min(step, last - first);
+        auto* right = block.template mutable_data_ptr<Product>();
+        patches.read(first, count, right, even);
+        if constexpr (!single) {
+          if (count % 2) std::fill_n(right + count * even, even, Product(0));
+          auto* pairs = reinterpret_cast<uint16_t*>(paired.template mutable_data_ptr<Product>());
+          for (int64_t r = 0; r < count; r += 2)
+            kernels().interleave(reinterpret_cast<const uint16_t*>(right + r * even),
+                                 reinterpret_cast<const uint16_t*>(right + (r + 1) * even), even, pairs + r * even);
+        }
+        for (int64_t j = col_tiles * group / groups; j < col_tiles * (group + 1) / groups; ++j) {
+          const int64_t cols = std::min(kCols, width - j * kCols);
+          for_each_run(patches, rows + j * kCols, prefix, width, first, count,
+                       [&](int64_t r, int64_t run, const Token* from) {
+                         transpose(from, width, run, cols, scratch.mutable_data_ptr<float>(), left + r, step);
+                       });
+          float* out = sums.mutable_data_ptr<float>() + (split * width + j * kCols) * even;
+          if constexpr (single) {
+            tile_gemm(cols, even, count, left, step, right, even, out, even, true);
+          } else {
+            if (count % 2)
+              for (int64_t c = 0; c < cols; ++c) left[c * step + count] = 0;
+            tile_gemm(cols, even, count + count % 2, left, step, paired.template const_data_ptr<Product>(), out, even, true);
+          }
+        }
+      }
+    }
+    release_thread();
+  });
+  return patches.from_rows((splits == 1 ? sums[0] : sums.sum(0)).narrow(1, 0, patches.entries).contiguous());
+}
+
+void add(const float* in, int64_t count, float* out) { kernels().add(in, count, out); }
+void add(const at::BFloat16* in, int64_t count, float* out) {
+  kernels().add_bf16(reinterpret_cast<const uint16_t*>(in), count, out);
+}
+
+// (prefix + patches, O): grad (B, prefix + taken, O) summed over the batch at the patches that it came from.
+template <class Token>
+at::Tensor token_gradient(const PatchRows& patches, const at::Tensor& grad, int64_t prefix) {
+  const int64_t images = grad.size(0), tokens = grad.size(1), width = grad.size(2);
+  const auto out = at::zeros({prefix + patches.patches, width}, at::kFloat);
+  const int64_t cols = std::max<int64_t>(64, ceil_div(ceil_div(width, at::get_num_threads()), 64) * 64);
+  at::parallel_for(0, ceil_div(width, cols), 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * cols, count = std::min(width, end * cols) - first;
+    for (int64_t b = 0; b < images; ++b)
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t to = t < prefix ? t : prefix + patches.patch(b * patches.taken + t - prefix);
+        add(grad.const_data_ptr<Token>() + (b * tokens + t) * width + first, count,
+            out.mutable_data_ptr<float>() + to * width + first);
+      }
+  });
+  return out;
+}
+
+}  // namespace
+
+at::Tensor patch_embed_forward(const at::Tensor& pixels, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                               const std::optional<at::Tensor>& prefix, const std::optional<at::Tensor>& position,
+                               const std::optional<at::Tensor>& keep, const FloatList& mean, const FloatList& std, bool pad,
+                               at::ScalarType product_dtype, at::ScalarType token_dtype) {
+  const PatchRows patches(pixels, weight, keep, mean, std, pad);
+  const int64_t count = prefix ? prefix->size(0) : 0;
+  const bool narrow = token_dtype == at::kBFloat16;
+  const auto tokens =
+      at::empty({pixels.size(0), count + patches.taken, weight.size(0)}, narrow ? at::kBFloat16 : at::kFloat);
+  advise_huge_pages(tokens);
+  const auto biases = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  const auto positions = position ? position->to(at::kFloat).contiguous() : at::Tensor();
+  const bool shared = !position || positions.dim() == 2;
+  const Added added = {bias ? biases.const_data_ptr<float>() : nullptr,
+                       position ? positions.const_data_ptr<float>() : nullptr, shared ? 0 : positions.stride(0), count};
+  if (prefix) {
+    const auto first = prefix->to(at::kFloat);
+    tokens.narrow(1, 0, count).copy_(position ? at::add(first, positions.narrow(shared ? 0 : 1, 0, count)) : first);
+  }
+  if (product_dtype == at::kBFloat16 && wants_bf16_schedule())
+    narrow ? embed<at::BFloat16, at::BFloat16>(patches, weight, added, tokens)
+           : embed<at::BFloat16, float>(patches, weight, added, tokens);
+  else
+    narrow ? embed<float, at::BFloat16>(patches, weight, added, tokens)
+           : embed<float, float>(patches, weight, added, tokens);
+  return tokens.to(token_dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> patch_embed_backward(const at::Tensor& grad_, const at::Tensor& pixels,
+                                                        const at::Tensor& weight, const std::optional<at::Tensor>& keep,
+                                                        int64_t prefix_tokens, bool weight_grad, bool token_grad,
+                                                        const FloatList& mean, const FloatList& std, bool pad,
+                                                        at::ScalarType product_dtype, at::ScalarType token_dtype) {
+  const PatchRows patches(pixels, weight, keep, mean, std, pad);
+  const auto grad = (token_dtype == at::kHalf ? grad_.to(at::kFloat) : grad_).contiguous();
+  const bool narrow = grad.scalar_type() == at::kBFloat16;
+  auto d_weight = at::empty({0}, at::kFloat), d_tokens = at::empty({0}, at::kFloat);
+  if (weight_grad) {
+    if (product_dtype == at::kBFloat16 && wants_bf16_schedule())
+      d_weight = narrow ? weight_gradient<at::BFloat16, at::BFloat16>(patches, grad, prefix_tokens)
+                        : weight_gradient<at::BFloat16, float>(patches, grad, prefix_tokens);
+    else
+      d_weight = narrow ? weight_gradient<float, at::BFloat16>(patches, grad, prefix_tokens)
+                        : weight_gradient<float, float>(patches, grad, prefix_tokens);
+  }
+  if (token_grad)
+    d_tokens = narrow ? token_gradient<at::BFloat16>(patches, grad, prefix_tokens)
+                      : token_gradient<float>(patches, grad, prefix_tokens);
+  return {d_weight, d_tokens};
+}
+
+}  // namespace vlmfast
