@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pairs
 import pytest
 import torch
-from harness import Loss, Op, Provider, backend_rows, compiled, main, on_gpu, require, run_under_pytest
+from harness import Function, Op, Provider, backend_rows, compiled, main, on_gpu, require, run_under_pytest
+from pairs import matrices
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,16 +16,16 @@ from vlmfast.ops.info_nce import IMPLS, reference
 SCALE = 50.0
 
 
-def ours(recompute: bool) -> Loss:
+def ours(recompute: bool) -> Function:
     return lambda image, text, scale: info_nce(image, text, scale, recompute=recompute)
 
 
-def open_clip(device: str) -> Loss:
+def open_clip(device: str) -> Function:
     loss = require("open_clip.loss").ClipLoss()
     return lambda image, text, scale: loss(image, text, scale.to(image.dtype))
 
 
-def transformers(device: str) -> Loss:
+def transformers(device: str) -> Function:
     loss = require("transformers.models.clip.modeling_clip").image_text_contrastive_loss
     return lambda image, text, scale: loss(text @ image.T * scale.to(image.dtype))
 
@@ -44,14 +46,14 @@ def chunked(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return total / (2 * len(image))
 
 
-def memeff(device: str) -> Loss:
+def memeff(device: str) -> Function:
     on_gpu(device)
     # Its temperature is a constant, without gradient.
     loss = require("memeff").MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
     return lambda image, text, scale: loss(image, text)
 
 
-def inf_cl(device: str) -> Loss:
+def inf_cl(device: str) -> Function:
     on_gpu(device)
     loss = require("inf_cl").cal_flash_loss
     labels: dict[int, Tensor] = {}
@@ -66,26 +68,30 @@ def inf_cl(device: str) -> Loss:
 
 OP = Op(
     name="info_nce",
-    scalars=(SCALE,),
+    size=pairs.size,
+    sizes=("1024", "4096", "8192"),
+    small="256",
+    inputs=pairs.inputs(SCALE),
+    judged=(0, 1),
     reference=reference,
     baseline="open_clip",
     providers={
-        "vlmfast kept": Provider(lambda device: ours(False), 6, matrices=2),
+        "vlmfast kept": Provider(lambda device: ours(False), 6, memory=matrices(2)),
         "vlmfast streamed": Provider(lambda device: ours(True), 8),
         "vlmfast forward": Provider(lambda device: ours(True), 2, forward_only=True),
-        "vlmfast kept, image frozen": Provider(lambda device: ours(False), 4, frozen=True, matrices=2),
-        "vlmfast streamed, image frozen": Provider(lambda device: ours(True), 6, frozen=True),
+        "vlmfast kept, image frozen": Provider(lambda device: ours(False), 4, frozen=(0,), memory=matrices(2)),
+        "vlmfast streamed, image frozen": Provider(lambda device: ours(True), 6, frozen=(0,)),
         **backend_rows(
             IMPLS,
             {
-                " kept": Provider(lambda device: ours(False), 6, matrices=3),
+                " kept": Provider(lambda device: ours(False), 6, memory=matrices(3)),
                 " streamed": Provider(lambda device: ours(True), 8),
             },
         ),
-        "open_clip": Provider(open_clip, 12, matrices=5, dtypes=("float32", "bfloat16")),
-        "transformers": Provider(transformers, 6, matrices=5, dtypes=("float32", "bfloat16")),
+        "open_clip": Provider(open_clip, 12, memory=matrices(5), dtypes=("float32", "bfloat16")),
+        "transformers": Provider(transformers, 6, memory=matrices(5), dtypes=("float32", "bfloat16")),
         "transformers compiled": Provider(
-            lambda device: compiled(transformers(device)), 6, matrices=3, dtypes=("float32", "bfloat16")
+            lambda device: compiled(transformers(device)), 6, memory=matrices(3), dtypes=("float32", "bfloat16")
         ),
         "torch in chunks": Provider(lambda device: chunked, 16, dtypes=("float32", "bfloat16")),
         "memeff": Provider(memeff, 10),
@@ -94,11 +100,11 @@ OP = Op(
 )
 
 
-@pytest.mark.parametrize("rows", [1024, 4096])
+@pytest.mark.parametrize("size", ["1024", "4096"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", list(OP.providers))
-def test_info_nce(benchmark, name: str, dtype: str, rows: int) -> None:
-    run_under_pytest(OP, name, rows, dtype, benchmark)
+def test_info_nce(benchmark, name: str, dtype: str, size: str) -> None:
+    run_under_pytest(OP, name, size, dtype, benchmark)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pairs
 import pytest
 import torch
-from harness import Loss, Op, Provider, backend_rows, compiled, main, on_gpu, require, run_under_pytest
+from harness import Function, Op, Provider, backend_rows, compiled, main, on_gpu, require, run_under_pytest
+from pairs import matrices
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,7 +14,7 @@ from vlmfast.ops import sigmoid_loss
 from vlmfast.ops.sigmoid_loss import IMPLS, reference
 
 
-def open_clip(device: str) -> Loss:
+def open_clip(device: str) -> Function:
     loss = require("open_clip.loss").SigLipLoss()
     return lambda image, text, scale, bias: loss(image, text, scale.to(image.dtype), bias.to(image.dtype))
 
@@ -24,7 +26,7 @@ def transformers(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Te
     return -F.logsigmoid(signs * logits).sum(-1).mean()
 
 
-def siglip_kernel(device: str) -> Loss:
+def siglip_kernel(device: str) -> Function:
     on_gpu(device)
     loss = require("siglip_kernel").fused_siglip_loss
     return lambda image, text, scale, bias: loss(image, text, scale.log(), bias)
@@ -32,29 +34,33 @@ def siglip_kernel(device: str) -> Loss:
 
 OP = Op(
     name="sigmoid_loss",
-    scalars=(10.0, -10.0),
+    size=pairs.size,
+    sizes=("1024", "4096", "8192"),
+    small="256",
+    inputs=pairs.inputs(10.0, -10.0),
+    judged=(0, 1),
     reference=reference,
     baseline="open_clip",
     providers={
         "vlmfast": Provider(lambda device: sigmoid_loss, 6),
-        "vlmfast, image frozen": Provider(lambda device: sigmoid_loss, 4, frozen=True),
+        "vlmfast, image frozen": Provider(lambda device: sigmoid_loss, 4, frozen=(0,)),
         "vlmfast forward": Provider(lambda device: sigmoid_loss, 2, forward_only=True),
         **backend_rows(IMPLS, {"": Provider(lambda device: sigmoid_loss, 6)}),
-        "open_clip": Provider(open_clip, 6, matrices=5, dtypes=("float32", "bfloat16")),
-        "transformers": Provider(lambda device: transformers, 6, matrices=5, dtypes=("float32", "bfloat16")),
+        "open_clip": Provider(open_clip, 6, memory=matrices(5), dtypes=("float32", "bfloat16")),
+        "transformers": Provider(lambda device: transformers, 6, memory=matrices(5), dtypes=("float32", "bfloat16")),
         "transformers compiled": Provider(
-            lambda device: compiled(transformers), 6, matrices=3, dtypes=("float32", "bfloat16")
+            lambda device: compiled(transformers), 6, memory=matrices(3), dtypes=("float32", "bfloat16")
         ),
         "siglip-kernel": Provider(siglip_kernel, 6),
     },
 )
 
 
-@pytest.mark.parametrize("rows", [1024, 4096])
+@pytest.mark.parametrize("size", ["1024", "4096"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", list(OP.providers))
-def test_sigmoid_loss(benchmark, name: str, dtype: str, rows: int) -> None:
-    run_under_pytest(OP, name, rows, dtype, benchmark)
+def test_sigmoid_loss(benchmark, name: str, dtype: str, size: str) -> None:
+    run_under_pytest(OP, name, size, dtype, benchmark)
 
 
 if __name__ == "__main__":

@@ -110,17 +110,17 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, con
   c_tile.addmm_(a_tile, b_tile, accumulate ? 1 : 0);
 }
 
-void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, float* c,
-               int64_t ldc, bool accumulate) {
+void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
+               float* c, int64_t ldc, bool accumulate) {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   if (has_bf16_products()) {
-    at::native::cpublas::brgemm(m, n, k, lda, n, ldc, accumulate, a, b, c, true);
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, true);
     return;
   }
 #endif
   const auto widened_a =
       at::from_blob(const_cast<at::BFloat16*>(a), {m, k}, {lda, 1}, at::kBFloat16).to(at::kFloat, false, false).contiguous();
-  const auto widened_b = at::from_blob(const_cast<at::BFloat16*>(b), {k / 2, n, 2}, at::kBFloat16)
+  const auto widened_b = at::from_blob(const_cast<at::BFloat16*>(b), {k / 2, n, 2}, {2 * ldb, 2, 1}, at::kBFloat16)
                              .to(at::kFloat)
                              .permute({0, 2, 1})
                              .contiguous();
@@ -145,7 +145,7 @@ double product_gflops() {
           if constexpr (std::is_same_v<T, float>)
             tile_gemm(kRows, kCols, dim, left, dim, right, kCols, out, kCols, false);
           else
-            tile_gemm(kRows, kCols, dim, left, dim, right, out, kCols, false);
+            tile_gemm(kRows, kCols, dim, left, dim, right, kCols, out, kCols, false);
       }
       release_thread();
     });

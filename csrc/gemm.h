@@ -38,10 +38,10 @@ inline int64_t equal_steps(int64_t rows) { return ceil_div(ceil_div(rows, ceil_d
 void tile_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                int64_t ldc, bool accumulate);
 
-// The same for bfloat16 operands and a float32 result, with b in pairs of rows: (k / 2, n, 2), k even. Where the processor
-// has no bfloat16 products, on widened copies.
-void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, float* c,
-               int64_t ldc, bool accumulate);
+// The same for bfloat16 operands and a float32 result, with b in pairs of rows: (k / 2, n, 2), k even, 2 * ldb elements from
+// one pair to the next. Where the processor has no bfloat16 products, on widened copies.
+void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
+               float* c, int64_t ldc, bool accumulate);
 
 // Whether bfloat16 features are to be multiplied as such: the processor can, or `force_bf16_schedule` was called.
 bool wants_bf16_schedule();

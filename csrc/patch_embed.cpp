@@ -77,6 +77,7 @@ class PatchRows {
   void read(int64_t first, int64_t count, float* out, int64_t stride) const {
     each(first, count, [&](const auto& read, int64_t image, int64_t patch, int64_t r) {
       read.read(layout_, image, patch, out + r * stride);
+      std::fill_n(out + r * stride + entries, stride - entries, 0.0f);
     });
   }
 
@@ -144,7 +145,7 @@ void product(int64_t m, int64_t k, const float* a, const float* panel, float* ti
   tile_gemm(m, kCols, k, a, k, panel, kCols, tile, kCols, false);
 }
 void product(int64_t m, int64_t k, const at::BFloat16* a, const float* panel, float* tile) {
-  tile_gemm(m, kCols, k, a, k, reinterpret_cast<const at::BFloat16*>(panel), tile, kCols, false);
+  tile_gemm(m, kCols, k, a, k, reinterpret_cast<const at::BFloat16*>(panel), kCols, tile, kCols, false);
 }
 
 void finish(const float* products, const float* bias, const float* position, int64_t count, float* out) {
@@ -162,7 +163,7 @@ struct Added {
 // tokens (B, prefix + taken, O), all but the prefix.
 template <class Product, class Token>
 void embed(const PatchRows& patches, const at::Tensor& weight, const Added& added, const at::Tensor& tokens) {
-  const int64_t width = weight.size(0), even = patches.entries + (std::is_same_v<Product, float> ? 0 : patches.entries % 2);
+  const int64_t width = weight.size(0), even = ceil_div(patches.entries, 16) * 16;
   const auto dtype = c10::CppTypeToScalarType<Product>::value;
   const auto rows = at::constant_pad_nd(patches.weight_rows(weight).to(dtype), {0, even - patches.entries}).contiguous();
   const auto right = panels(rows);
@@ -194,34 +195,52 @@ void embed(const PatchRows& patches, const at::Tensor& weight, const Added& adde
   });
 }
 
-// f(r, count, rows of grad): the runs of rows first to first + count of the patches' tokens that follow each other in grad
-// (B, prefix + taken, O).
-template <class Token, class F>
-void for_each_run(const PatchRows& patches, const Token* grad, int64_t prefix, int64_t width, int64_t first, int64_t count,
-                  const F& f) {
-  for (int64_t r = 0; r < count;) {
-    const int64_t image = (first + r) / patches.taken, inside = (first + r) % patches.taken;
-    const int64_t run = std::min(patches.taken - inside, count - r);
-    f(r, run, grad + (image * (prefix + patches.taken) + prefix + inside) * width);
-    r += run;
+// A row of tokens' gradients as float32 or bfloat16; of the same dtype, where it is.
+const float* as(const float* row, int64_t, float*) { return row; }
+const float* as(const at::BFloat16* row, int64_t count, float* out) {
+  kernels().widen(reinterpret_cast<const uint16_t*>(row), count, out);
+  return out;
+}
+const uint16_t* as(const at::BFloat16* row, int64_t, uint16_t*) { return reinterpret_cast<const uint16_t*>(row); }
+const uint16_t* as(const float* row, int64_t count, uint16_t* out) {
+  kernels().finish_bf16(row, nullptr, nullptr, count, out);
+  return out;
+}
+
+// out (cols, stride) <- the transpose of `count` rows, row(r) being the first of `cols` entries of one. In bfloat16 the
+// rows go in pairs, which seen as one float move together; after an odd number of rows comes a 0.
+template <class Row>
+void transpose_rows(const Row& row, int64_t count, int64_t cols, float* out, int64_t stride) {
+  constexpr int64_t strip = 32;
+  float rows[strip * kCols];
+  for (int64_t r0 = 0; r0 < count; r0 += strip) {
+    const int64_t height = std::min(strip, count - r0);
+    for (int64_t r = 0; r < height; ++r) {
+      float* to = rows + r * kCols;
+      const float* from = as(row(r0 + r), cols, to);
+      if (from != to) std::copy_n(from, cols, to);
+    }
+    VLMFAST_KERNELS(tile).transpose(rows, kCols, height, cols, out + r0, stride);
   }
 }
 
-void transpose(const float* in, int64_t stride, int64_t rows, int64_t cols, float*, float* out, int64_t out_stride) {
-  VLMFAST_KERNELS(tile).transpose(in, stride, rows, cols, out, out_stride);
-}
-void transpose(const float* in, int64_t stride, int64_t rows, int64_t cols, float*, at::BFloat16* out, int64_t out_stride) {
-  VLMFAST_KERNELS(tile).transpose_to_bf16(in, stride, rows, cols, reinterpret_cast<uint16_t*>(out), out_stride);
-}
-template <class Out>
-void transpose(const at::BFloat16* in, int64_t stride, int64_t rows, int64_t cols, float* scratch, Out* out,
-               int64_t out_stride) {
-  for (int64_t r = 0; r < rows; ++r)
-    kernels().widen(reinterpret_cast<const uint16_t*>(in + r * stride), cols, scratch + r * kCols);
-  transpose(scratch, kCols, rows, cols, nullptr, out, out_stride);
+template <class Row>
+void transpose_rows(const Row& row, int64_t count, int64_t cols, at::BFloat16* out, int64_t stride) {
+  constexpr int64_t strip = 32;
+  float pairs[strip * kCols];
+  uint16_t even[kCols], odd[kCols];
+  const uint16_t zeros[kCols] = {};
+  for (int64_t r0 = 0; r0 < count; r0 += 2 * strip) {
+    const int64_t height = std::min(2 * strip, count - r0);
+    for (int64_t r = 0; r < height; r += 2)
+      kernels().interleave(as(row(r0 + r), cols, even), r + 1 < height ? as(row(r0 + r + 1), cols, odd) : zeros, cols,
+                           reinterpret_cast<uint16_t*>(pairs + r / 2 * kCols));
+    VLMFAST_KERNELS(tile).transpose(pairs, kCols, ceil_div(height, 2), cols, reinterpret_cast<float*>(out + r0), stride / 2);
+  }
 }
 
-constexpr int64_t kGradRows = 256;    // patches that are read at a time
+constexpr int64_t kGradRows = 512;  // patches that are read at a time
+constexpr int64_t kGradCols = 384;  // of their entries, multiplied at a time
 constexpr int64_t kMostSplits = 8;  // of the sum over patches, each with a gradient of its own in memory
 
 // (O, entries) = grad's rows transposed times the patches. Threads split the sum over patches; beyond kMostSplits of them
@@ -229,7 +248,7 @@ constexpr int64_t kMostSplits = 8;  // of the sum over patches, each with a grad
 template <class Product, class Token>
 at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int64_t prefix) {
   constexpr bool single = std::is_same_v<Product, float>;
-  const int64_t width = grad.size(2), even = patches.entries + (single ? 0 : patches.entries % 2);
+  const int64_t width = grad.size(2), even = ceil_div(patches.entries, 16) * 16;
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), ceil_div(patches.rows, 64)));
   const int64_t splits = std::min(threads, kMostSplits), groups = std::min(threads / splits, ceil_div(width, kCols));
   const int64_t share = ceil_div(patches.rows, splits);
@@ -239,7 +258,7 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
   const auto* rows = grad.const_data_ptr<Token>();
   at::parallel_for(0, splits * groups, 1, [&](int64_t begin, int64_t end) {
     const auto block = at::zeros({step, even}, dtype), paired = at::empty({single ? 0 : step, even}, dtype);
-    const auto flipped = at::zeros({kCols, step}, dtype), scratch = at::empty({step, kCols}, at::kFloat);
+    const auto flipped = at::empty({kCols, step}, dtype);
     auto* left = flipped.template mutable_data_ptr<Product>();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task / groups, group = task % groups;
@@ -258,17 +277,19 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
         }
         for (int64_t j = col_tiles * group / groups; j < col_tiles * (group + 1) / groups; ++j) {
           const int64_t cols = std::min(kCols, width - j * kCols);
-          for_each_run(patches, rows + j * kCols, prefix, width, first, count,
-                       [&](int64_t r, int64_t run, const Token* from) {
-                         transpose(from, width, run, cols, scratch.mutable_data_ptr<float>(), left + r, step);
-                       });
+          const auto row = [&](int64_t r) {
+            const int64_t image = (first + r) / patches.taken, token = prefix + (first + r) % patches.taken;
+            return rows + (image * grad.size(1) + token) * width + j * kCols;
+          };
+          transpose_rows(row, count, cols, left, step);
           float* out = sums.mutable_data_ptr<float>() + (split * width + j * kCols) * even;
-          if constexpr (single) {
-            tile_gemm(cols, even, count, left, step, right, even, out, even, true);
-          } else {
-            if (count % 2)
-              for (int64_t c = 0; c < cols; ++c) left[c * step + count] = 0;
-            tile_gemm(cols, even, count + count % 2, left, step, paired.template const_data_ptr<Product>(), out, even, true);
+          for (int64_t k = 0; k < even; k += kGradCols) {
+            const int64_t part = std::min(kGradCols, even - k);
+            if constexpr (single)
+              tile_gemm(cols, part, count, left, step, right + k, even, out + k, even, true);
+            else
+              tile_gemm(cols, part, count + count % 2, left, step,
+                        paired.template const_data_ptr<Product>() + 2 * k, even, out + k, even, true);
           }
         }
       }

@@ -58,7 +58,7 @@ void FeatureTiles::dot(int64_t i, int64_t j, float* tile) const {
   if (bf16_) {
     const int64_t even = dim + dim % 2;
     tile_gemm(rows(i), kCols, even, image_bf16_.const_data_ptr<at::BFloat16>() + first_row(i) * even, even,
-              text_pairs_.const_data_ptr<at::BFloat16>() + j * kCols * even, tile, kCols, false);
+              text_pairs_.const_data_ptr<at::BFloat16>() + j * kCols * even, kCols, tile, kCols, false);
   } else {
     tile_gemm(rows(i), cols(j), dim, image.const_data_ptr<float>() + first_row(i) * dim, dim,
               panels_.const_data_ptr<float>() + j * kCols * dim, kCols, tile, kCols, false);
@@ -99,11 +99,11 @@ void FeatureTiles::add_product(int64_t out_rows, int64_t inner, const at::BFloat
   const int64_t even = dim + dim % 2;
   const auto* features = pairs.const_data_ptr<at::BFloat16>() + k * inner * even;
   if (even == dim) {
-    tile_gemm(out_rows, dim, inner, tile, inner, features, out, dim, true);
+    tile_gemm(out_rows, dim, inner, tile, inner, features, dim, out, dim, true);
     return;
   }
   const auto product = at::empty({out_rows, even}, image.options());
-  tile_gemm(out_rows, even, inner, tile, inner, features, product.mutable_data_ptr<float>(), even, false);
+  tile_gemm(out_rows, even, inner, tile, inner, features, even, product.mutable_data_ptr<float>(), even, false);
   at::from_blob(out, {out_rows, dim}, at::kFloat).add_(product.narrow(1, 0, dim));
 }
 
