@@ -198,3 +198,27 @@ def test_keywords_stand_for_the_caption_as_often_as_asked(write_tar, png):
 def test_keywords_is_a_probability(write_tar, png, keywords):
     with pytest.raises(ValueError, match="keywords: expected a probability"):
         ImageTextDataset(write_tar("a.tar", {}), transform=train_transform(8), keywords=keywords)
+
+
+def test_the_fingerprint_is_of_keys_and_images(write_tar, png, tmp_path):
+    members = {f"{n}.{kind}": png(n) if kind == "png" else b"x" for n in range(3) for kind in ("png", "txt")}
+
+    def fingerprint(**changes):
+        return ImageTextDataset(write_tar("a.tar", {**members, **changes}), transform=eval_transform(8)).fingerprint()
+
+    same = fingerprint()
+    assert fingerprint(**{"1.txt": b"another caption"}) == same
+    assert fingerprint(**{"1.png": png(7)}) != same
+    assert fingerprint(**{"1.png": png(1) + b"\0"}) != same
+    renamed = {name.replace("2.", "4."): data for name, data in members.items()}
+    assert ImageTextDataset(write_tar("b.tar", renamed), transform=eval_transform(8)).fingerprint() != same
+    for name, data in members.items():
+        (tmp_path / name).write_bytes(data)
+    assert ImageTextDataset(str(tmp_path), transform=eval_transform(8)).fingerprint() == same
+    (tmp_path / "pairs.csv").write_text("path,caption\n0.png,x\n1.png,x\n2.png,x\n")
+    table = ImageTextDataset(str(tmp_path / "pairs.csv"), transform=eval_transform(8))
+    assert (
+        table.fingerprint() == ImageTextDataset(str(tmp_path / "pairs.csv"), transform=eval_transform(4)).fingerprint()
+    )
+    (tmp_path / "1.png").write_bytes(png(5))
+    assert table.fingerprint() != same

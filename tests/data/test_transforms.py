@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import pickle
 
@@ -8,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from vlmfast.data import eval_transform, train_transform
-from vlmfast.data.transforms import _jitter
+from vlmfast.data import eval_transform, moco_transform, train_transform
+from vlmfast.data.transforms import _jitter, _turn_hue
 
 
 def random_image(width, height, seed=0):
@@ -150,6 +151,13 @@ def test_arguments_out_of_range_are_named(arguments, name):
         train_transform(**{"image_size": 8, **arguments})
 
 
+def test_moco_checks_its_arguments():
+    with pytest.raises(ValueError, match=r"^strength: expected a number in \[0, 1\], got 1.5"):
+        moco_transform(8, strength=1.5)
+    with pytest.raises(ValueError, match=r"^flip: expected"):
+        moco_transform(8, flip=-1)
+
+
 def test_eval_size_is_checked():
     with pytest.raises(ValueError, match=r"^image_size: expected a positive int, got -1"):
         eval_transform(-1)
@@ -158,3 +166,51 @@ def test_eval_size_is_checked():
 @pytest.mark.parametrize("transform", [train_transform(8, flip=0.5), eval_transform(8)])
 def test_transforms_pickle(transform):
     assert pickle.loads(pickle.dumps(transform)) == transform
+
+
+@pytest.mark.parametrize(("strength", "untouched"), [(0.0, 0.8 * 0.5), (0.4, 0.2 * 0.8 * 0.5)])
+def test_moco_changes_colour_greys_and_blurs_as_often_as_it_says(strength, untouched):
+    image = random_image(96, 96)
+    plain, moco = train_transform(96, scale=(0.5, 1)), moco_transform(96, scale=(0.5, 1), flip=0.0, strength=strength)
+    outputs = [(moco(image, generator(seed)), plain(image, generator(seed))) for seed in range(300)]
+    same = np.mean([torch.equal(a, b) for a, b in outputs])
+    grey = np.mean([bool((a == a[..., :1]).all()) for a, _ in outputs])
+    for share, expected in ((same, untouched), (grey, 0.2)):
+        assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / 300)
+
+
+def test_moco_crops_and_flips_as_train_does():
+    image = random_image(64, 48)
+    outputs = [moco_transform(32, strength=0.0)(image, generator(seed)) for seed in range(40)]
+    expected = [train_transform(32, scale=(0.2, 1), flip=0.5)(image, generator(seed)) for seed in range(40)]
+    assert 5 < sum(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)) < 30
+    assert moco_transform(32).min_side == train_transform(32, scale=(0.2, 1)).min_side
+
+
+def test_moco_blur_is_as_strong_at_any_size():
+    def contrast_left(size):
+        stripes = np.zeros((size, size, 3), dtype=np.uint8)
+        stripes[:, (np.arange(size) * 28 // size) % 2 == 0] = 255  # 28 stripes, whatever the size
+        image = Image.fromarray(stripes)
+        plain, moco = (
+            train_transform(size, scale=(1, 1), ratio=(1, 1)),
+            moco_transform(size, scale=(1, 1), strength=0.0),
+        )
+        moco = dataclasses.replace(moco, crop=plain)
+        left = [moco(image, generator(seed)).float().std() for seed in range(60)]
+        return torch.stack(left) / plain(image, generator()).float().std()
+
+    small, large = contrast_left(112), contrast_left(224)
+    assert large.min() < 0.9
+    torch.testing.assert_close(small, large, rtol=0.05, atol=0)
+
+
+def test_hue_turns_round_the_circle():
+    red = Image.new("RGB", (2, 2), (255, 0, 0))
+    assert _turn_hue(red, 0.0).getpixel((0, 0)) == (255, 0, 0)
+    assert _turn_hue(red, 1.0).getpixel((0, 0)) == (255, 0, 0)
+    green, blue = (_turn_hue(red, share).getpixel((0, 0)) for share in (1 / 3, -1 / 3))
+    assert green[1] == 255
+    assert max(green[0], green[2]) < 10
+    assert blue[2] == 255
+    assert max(blue[0], blue[1]) < 10

@@ -19,16 +19,34 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vlmfast.kernels import info_nce, pairs, sigmoid_loss
+from vlmfast.kernels import info_nce, pairs, patch_embed, sigmoid_loss
 
 TABLE = Path(__file__).with_name("resources.json")
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 POINTERS = {
     "x_hi": "*fp16", "x_lo": "*fp16", "y_hi": "*fp16", "y_lo": "*fp16", "row_codes": "*i32", "col_codes": "*i32",
+    "keep": "*i64",
 }  # fmt: skip
-INTEGERS = ("n", "m", "dim", "label_offset", "first_row", "first_col", "chunk_cols")
+INTEGERS = (
+    "n", "m", "dim", "label_offset", "first_row", "first_col", "chunk_cols",
+    "total", "per_split", "taken", "columns", "height", "width", "embed", "prefix", "sb", "sc", "sh", "sw",
+    "position_image", "position_token", "position_embed", "grad_image", "grad_token", "grad_embed",
+)  # fmt: skip
+ALIGNED = (
+    "dim",
+    "embed",
+    "per_split",
+    "sb",
+    "sc",
+    "sh",
+    "position_image",
+    "position_token",
+    "grad_image",
+    "grad_token",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,30 @@ def kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:
                 function, {**tile, "SPLIT": split, "GROUPS": groups, **knobs}, {"out": "*fp32" if split else "*fp16"}
             )
             found[name + (", float32" if split else "") + (", groups" if groups else "")] = (kernel, config)
+    return found | patch_embed_kernels(capability)
+
+
+def patch_embed_kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:
+    """uint8 (B, H, W, C) by bfloat16, float32 (B, C, H, W) by TF32 or float32; /14 also with keep and ragged."""
+    found = {}
+    for (products, precision), patch in itertools.product(
+        ((tl.bfloat16, "tf32"), (tl.float32, "tf32"), (tl.float32, "bf16x6")), (16, 14)
+    ):
+        wide = products == tl.float32
+        config = patch_embed.config_for(capability, wide)
+        constants = {
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+            "CHANNELS": 3, "PATCH_H": patch, "PATCH_W": patch, "PACKED": not wide, "NORMALISE": True,
+            "PAD": patch == 14, "KEEP": patch == 14, "PRECISION": precision, "sw" if wide else "sc": 1,
+        }  # fmt: skip
+        types = dict.fromkeys(("weight", "bias", "position", "tokens", "grad"), "*fp32" if wide else "*bf16")
+        types["pixels"] = "*fp32" if wide else "*u8"
+        for name, function, more in (
+            ("tokens", patch_embed.tokens_kernel, {"BIAS": True, "POSITION": True, "position_embed": 1}),
+            ("weight_grad", patch_embed.weight_grad_kernel, {"PRODUCTS": products, "grad_embed": 1}),
+        ):
+            title = f"patch_embed {name}, /{patch}, {precision if wide else products}"
+            found[title] = (Kernel(function, {**constants, **more}, types), config)
     return found
 
 
@@ -67,7 +109,9 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, num_warps: int, num_stages
         for name in names
     }  # fmt: skip
     aligned = {
-        (k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if types[name][0] == "*" or name == "dim"
+        (k,): [["tt.divisibility", 16]]
+        for k, name in enumerate(names)
+        if types[name][0] == "*" or (name in ALIGNED and types[name] == "i32")
     }
     source = ASTSource(kernel.function, types, kernel.constants, aligned)
     return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
@@ -99,7 +143,8 @@ def table(capability: int) -> dict[str, dict[str, int | str]]:
     found = {}
     for name, (kernel, config) in kernels(capability).items():
         found[name] = resources(compile_kernel(kernel, target, config.num_warps, config.num_stages))
-        found[name]["logits_per_thread"] = config.block_m * config.block_n // (32 * config.num_warps)
+        if "GROUPS" in kernel.constants:  # of a loss
+            found[name]["logits_per_thread"] = config.block_m * config.block_n // (32 * config.num_warps)
     return found
 
 

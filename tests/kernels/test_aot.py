@@ -53,6 +53,17 @@ def test_the_table_keeps_within_the_limits(capability: int) -> None:
             assert row["exps_per_thread"] == row["logits_per_thread"], name
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_patch_embed_keeps_within_the_limits(capability: int) -> None:
+    rows = {name: row for name, row in TABLE[f"sm_{capability}"].items() if name.startswith("patch_embed")}
+    assert len(rows) == 12
+    for name, row in rows.items():
+        assert row["registers"] <= 255, name
+        assert (row["stack"], row["spills"]) == (0, 0), name
+        assert row["shared"] <= SHARED_LIMIT[capability], name
+        assert row["matrix"] == MATRIX.get(capability, "mma.sync"), name
+
+
 def test_all_architectures_are_there() -> None:
     assert set(CAPABILITIES) == {80, 86, 89, 90, 100, 120}
 

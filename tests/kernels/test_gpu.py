@@ -1,4 +1,4 @@
-"""The losses on a real GPU: `pytest -m gpu`. Nothing here has run yet on one (see the README)."""
+"""The ops on a real GPU: `pytest -m gpu`. Nothing here has run yet on one (see the README)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from numerics import loss_and_gradients
 from torch import Tensor
 
 import vlmfast
-from vlmfast.ops import info_nce, sigmoid_loss
+from vlmfast.ops import info_nce, patch_embed, sigmoid_loss
 from vlmfast.ops.info_nce import reference as info_nce_reference
+from vlmfast.ops.patch_embed import reference as patch_embed_reference
 from vlmfast.ops.sigmoid_loss import reference as sigmoid_reference
 
 pytestmark = [
@@ -22,7 +23,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 SHAPES = [(1, 64), (127, 3), (300, 588), (1000, 768), (5000, 512)]
 
 
-def check(ours, reference, rows: int, dim: int, dtype: torch.dtype, scalars: tuple[float, ...], **options) -> None:
+def check_loss(ours, reference, rows: int, dim: int, dtype: torch.dtype, scalars: tuple[float, ...], **options) -> None:
     image, text = (t.to(dtype).cuda() for t in pairs(rows, dim, noise=1.0))
     inputs: tuple[Tensor, ...] = (image, text, *(torch.tensor(v, device="cuda") for v in scalars))
     exact = loss_and_gradients(lambda *t: reference(*t, **options), inputs, [torch.float64] * len(inputs))
@@ -42,20 +43,47 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("rows", "dim"), SHAPES)
 def test_info_nce(backend: str, rows: int, dim: int, dtype: torch.dtype) -> None:
-    check(info_nce, info_nce_reference, rows, dim, dtype, (20.0,))
+    check_loss(info_nce, info_nce_reference, rows, dim, dtype, (20.0,))
     if rows > 1:
-        check(info_nce, info_nce_reference, rows, dim, dtype, (20.0,), exclude_positive=True)
+        check_loss(info_nce, info_nce_reference, rows, dim, dtype, (20.0,), exclude_positive=True)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("rows", "dim"), SHAPES)
 def test_sigmoid_loss(backend: str, rows: int, dim: int, dtype: torch.dtype) -> None:
-    check(sigmoid_loss, sigmoid_reference, rows, dim, dtype, (10.0, -10.0))
+    check_loss(sigmoid_loss, sigmoid_reference, rows, dim, dtype, (10.0, -10.0))
+
+
+def tokens_and_gradients(op, pixels: Tensor, inputs: tuple[Tensor, ...], **options) -> list[Tensor]:
+    weight, bias, prefix, position = leaves = [t.detach().requires_grad_() for t in inputs]
+    tokens = op(pixels, weight, bias, prefix=prefix, position=position, mean=(0.5,) * 3, std=(0.25,) * 3, **options)
+    generator = torch.Generator("cuda").manual_seed(0)
+    cotangent = torch.randn(tokens.shape, generator=generator, device="cuda")
+    return [t.double() for t in (tokens.detach(), *torch.autograd.grad(tokens, leaves, cotangent.to(tokens.dtype)))]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(("patch", "kept"), [(16, None), (14, None), (14, 100), (32, 20)])
+def test_patch_embed(backend: str, patch: int, kept: int | None, layout: str, dtype: torch.dtype) -> None:
+    shape, n = ((32, 3, 224, 224) if layout == "NCHW" else (32, 224, 224, 3)), (224 // patch) ** 2
+    pixels = torch.randint(0, 256, shape, device="cuda").byte()
+    keep = None if kept is None else torch.randint(n, (32, kept), device="cuda")
+    shapes = ((768, 3, patch, patch), (768,), (2, 768), (n + 2, 768))
+    inputs = tuple((torch.randn(shape, device="cuda") / 10).to(dtype) for shape in shapes)
+    options = {"layout": layout, "keep": keep}
+    found = tokens_and_gradients(patch_embed, pixels, inputs, **options)
+    doubles = tuple(t.double() for t in inputs)
+    exact = tokens_and_gradients(patch_embed_reference, pixels, doubles, **options)
+    for k, (a, b) in enumerate(zip(found, exact, strict=True)):
+        assert (a - b).abs().max() <= TOLERANCE[dtype] * b.abs().max(), f"output {k}"
+    again = tokens_and_gradients(patch_embed, pixels, inputs, **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 def test_triton_is_what_runs() -> None:
     x = torch.randn(8, 8, device="cuda")
-    for op in ("info_nce", "sigmoid_loss"):
+    for op in ("info_nce", "patch_embed", "sigmoid_loss"):
         assert vlmfast.explain(op, x)["triton"] is None
 
 

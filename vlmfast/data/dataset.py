@@ -1,6 +1,7 @@
 """The map-style dataset over every source of image-text pairs."""
 
 import glob
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -24,12 +25,21 @@ SKIPPED = ("corrupt image", "empty caption", "missing caption")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image-text pair; `image` is uint8 (H, W, 3), `caption` is neither empty nor padded with white space."""
+    """One image-text pair.
+
+    Attributes:
+        image: what the transform makes of it, uint8 (H, W, 3) or, of `two_views`, (2, H, W, 3); or its row of the
+            dataset's `features`.
+        caption: neither empty nor padded with white space.
+        seed: of what is random about the pair once it is in a batch, such as which tokens are masked; a function of
+            the dataset's seed, epoch and index.
+    """
 
     image: Tensor
     caption: str
     key: str
     category: str | None
+    seed: int = 0
 
 
 class ImageTextDataset(Dataset[Sample | None]):
@@ -38,6 +48,9 @@ class ImageTextDataset(Dataset[Sample | None]):
     `dataset[index]`, or `dataset[epoch, index]` as `EpochSampler` yields it, is a `Sample`, or None where the pair
     cannot be used; `skipped()` counts those. Augmentation depends on (seed, epoch, index) only, so neither the number
     of workers nor a resumed run changes it.
+
+    Where `features` is assigned, such as a `FeatureCache`, `features[index]` stands for the image, which is not read;
+    captions and skipped pairs are the same.
 
     Args:
         source: tar shards in webdataset's layout, as a path, a glob, a comma-separated list of those, or a sequence
@@ -62,6 +75,7 @@ class ImageTextDataset(Dataset[Sample | None]):
         self.transform = transform
         self.keywords = keywords
         self.seed = seed
+        self.features: Sequence[Tensor | None] | None = None
         self._pairs = _open_source(source)
         # One byte per pair, 0 or 1 + position in SKIPPED; shared memory, as worker processes write it.
         self._status = torch.zeros(len(self._pairs), dtype=torch.uint8).share_memory_()
@@ -79,18 +93,36 @@ class ImageTextDataset(Dataset[Sample | None]):
         if not caption:
             self._skip(index, "empty caption")
             return None
+        generator = np.random.default_rng((self.seed, epoch, index))
+        image = self.image(index, generator) if self.features is None else self.features[index]
+        if image is None:
+            self._skip(index, "corrupt image")
+            return None
+        if keywords and generator.random() < self.keywords:
+            chosen = generator.permutation(len(keywords))[: generator.integers(1, len(keywords), endpoint=True)]
+            caption = " ".join(keywords[k] for k in chosen)
+        return Sample(image, caption, self._pairs.key(index), category, int(generator.integers(2**63)))
+
+    def image(self, index: int, generator: np.random.Generator) -> Tensor | None:
+        """The transformed image whatever its caption, or None where it cannot be decoded."""
+        self._check_index(index)
         data = self._pairs.image(index)
         try:
             image = decode_image(data, min_side=getattr(self.transform, "min_side", None))
         except ValueError:
-            self._skip(index, "corrupt image")
             return None
-        generator = np.random.default_rng((self.seed, epoch, index))
-        pixels = self.transform(image, generator)
-        if keywords and generator.random() < self.keywords:
-            chosen = generator.permutation(len(keywords))[: generator.integers(1, len(keywords), endpoint=True)]
-            caption = " ".join(keywords[k] for k in chosen)
-        return Sample(pixels, caption, self._pairs.key(index), category)
+        return self.transform(image, generator)
+
+    def fingerprint(self) -> str:
+        """A hash, in order, of every pair's key and size of image file, and of the bytes of 1000 images or all."""
+        digest = hashlib.sha256()
+        every = max(1, len(self) // 1000)
+        for index in range(len(self)):
+            pair = f"{self._pairs.key(index)}\0{self._pairs.image_size(index)}\0"
+            digest.update(pair.encode("utf-8", "surrogateescape"))
+            if index % every == 0:
+                digest.update(self._pairs.image(index))
+        return digest.hexdigest()
 
     def metadata(self, index: int) -> tuple[str, str | None, str | None]:
         """(key, caption, category) without decoding the image; the caption is None where it is missing or empty."""

@@ -45,6 +45,9 @@ class TablePairs:
     def image(self, index: int) -> bytes:
         return _read(os.path.join(self._folder, self._paths[index]))
 
+    def image_size(self, index: int) -> int:
+        return os.path.getsize(os.path.join(self._folder, self._paths[index]))
+
     def text(self, index: int) -> Text:
         return Text(self._captions[index], self._categories[index] or None)
 
@@ -86,6 +89,9 @@ class FolderPairs:
 
     def image(self, index: int) -> bytes:
         return _read(os.path.join(self._folder, self._images[index]))
+
+    def image_size(self, index: int) -> int:
+        return os.path.getsize(os.path.join(self._folder, self._images[index]))
 
     def text(self, index: int) -> Text:
         text = self._texts[index]

@@ -75,6 +75,9 @@ class ShardPairs:
         shard, offset, size, _, _, _ = self._pairs[index].item()
         return self._files.read(shard, offset, size)
 
+    def image_size(self, index: int) -> int:
+        return int(self._pairs[index]["image_size"])
+
     def text(self, index: int) -> Text:
         shard, _, _, offset, size, is_json = self._pairs[index].item()
         return Text(None) if size < 0 else parse_text(self._files.read(shard, offset, size), is_json)

@@ -19,20 +19,22 @@ BUNDLED = Path(__file__).parent / "tokenizer"
 class Collator:
     """A list of samples to one batch; skipped samples (None) are left out.
 
-    The batch is the model's keyword arguments and nothing else: `pixel_values` uint8 (B, H, W, 3), `input_ids` int64
-    (B, L) and `attention_mask` int64 (B, L), where L is the longest caption of the batch and at most `max_length`.
+    The batch is the model's keyword arguments and nothing else: the samples' images, as a rule `pixel_values` uint8
+    (B, H, W, 3), `input_ids` int64 (B, L) and `attention_mask` int64 (B, L), where L is the longest caption of the
+    batch and at most `max_length`.
     What a longer caption loses are text tokens: the special tokens that the tokenizer adds, such as the end token
     whose position text towers pool, stay.
 
     Args:
         tokenizer: a transformers tokenizer with a padding token.
         max_length: limit on tokens per caption, special tokens included.
+        images: the model's name for the images; "locked_features" where the dataset's `features` stand for them.
     Raises:
         ValueError: the tokenizer has no padding token; max_length leaves no room for a text token; in a call, when
             every sample of the batch was skipped.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, max_length: int) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, images: str = "pixel_values") -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with a padding token, got pad_token None")
         special = tokenizer.num_special_tokens_to_add()
@@ -40,26 +42,36 @@ class Collator:
             raise ValueError(f"max_length: expected more than the {special} special tokens, got {max_length}")
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.images = images
 
     def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
-        kept = [sample for sample in samples if sample is not None]
-        if not kept:
-            raise ValueError(
-                f"samples: all {len(samples)} of the batch were skipped; expected a usable one, see `dataset.skipped()`"
-            )
+        kept = usable(samples)
+        return {
+            self.images: torch.stack([sample.image for sample in kept]),
+            **self.tokens([sample.caption for sample in kept]),
+        }
+
+    def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` of the captions, padded to the longest."""
         tokens: Any = self.tokenizer(
-            [sample.caption for sample in kept],
+            list(captions),
             padding="longest",
             truncation=True,
             max_length=self.max_length,
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return {
-            "pixel_values": torch.stack([sample.image for sample in kept]),
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-        }
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def usable(samples: Sequence[Sample | None]) -> list[Sample]:
+    """The samples of a batch that were not skipped; ValueError when none is left."""
+    kept = [sample for sample in samples if sample is not None]
+    if not kept:
+        raise ValueError(
+            f"samples: all {len(samples)} of the batch were skipped; expected a usable one, see `dataset.skipped()`"
+        )
+    return kept
 
 
 def load_tokenizer(name_or_path: str | PathLike[str] | None = None) -> "PreTrainedTokenizerBase":

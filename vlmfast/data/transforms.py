@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from vlmfast.data.images import to_rgb
@@ -53,6 +53,36 @@ def train_transform(
     return _TrainTransform(image_size, scale, ratio, flip, jitter)
 
 
+def moco_transform(
+    image_size: int, *, scale: tuple[float, float] = (0.2, 1.0), flip: float = 0.5, strength: float = 0.4
+) -> Transform:
+    """The augmentation of MoCo v2, for self-supervision between views: crop, flip, changes of colour, and blur.
+
+    After a random resized crop: with probability 0.8 brightness, contrast and saturation are scaled by up to
+    `strength` and the hue turned by up to a quarter of it; with 0.2 grey; with 0.5 Gaussian blur of 0.1 to 2 pixels per
+    224 of the side, so that it is as strong at any size.
+
+    Args:
+        image_size, scale, flip: as `train_transform`.
+        strength: of the colour jitter, in [0, 1]; the hue is turned by at most strength / 4 of the circle.
+    Returns:
+        A picklable (PIL image, generator) -> uint8 (image_size, image_size, 3).
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    Source: Chen et al. 2020 (2003.04297), section 3; the view augmentation of DeCLIP's released configurations.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength: expected a number in [0, 1], got {strength}")
+    crop = train_transform(image_size, scale=scale, flip=flip)
+    assert isinstance(crop, _TrainTransform)
+    return _MocoTransform(crop, strength)
+
+
+def two_views(transform: Transform) -> Transform:
+    """Two independent draws of a transform: a picklable (PIL image, generator) -> uint8 (2, H, W, 3)."""
+    return _TwoViews(transform)
+
+
 def eval_transform(image_size: int) -> Transform:
     """Resize the shorter side to `image_size` and crop the centre; pixels are untouched when the size is right already.
 
@@ -80,6 +110,9 @@ class _TrainTransform:
         return math.ceil(self.image_size / min(math.sqrt(self.scale[0] * narrowest), narrowest))
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
+        return _pixels(self.augment(image, generator))
+
+    def augment(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
         image = to_rgb(image)
         # All draws at once: turning one augmentation on leaves the others' numbers as they were.
         area, shape, x, y, flip, *colour = generator.random(8).tolist()
@@ -89,7 +122,7 @@ class _TrainTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.jitter:
             image = _jitter(image, *(1 + self.jitter * (2 * u - 1) for u in colour))
-        return _pixels(image)
+        return image
 
     def _crop(
         self, width: int, height: int, area: float, shape: float, x: float, y: float
@@ -102,6 +135,41 @@ class _TrainTransform:
         w, h = min(w * shrink, width), min(h * shrink, height)
         left, top = x * (width - w), y * (height - h)
         return left, top, min(left + w, width), min(top + h, height)
+
+
+@dataclass(frozen=True)
+class _MocoTransform:
+    crop: _TrainTransform
+    strength: float
+
+    @property
+    def min_side(self) -> int:
+        return self.crop.min_side
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
+        image = self.crop.augment(image, generator)
+        coloured, grey, blurred, turn, sigma, *colour = generator.random(8).tolist()
+        if coloured < 0.8:
+            image = _jitter(image, *(1 + self.strength * (2 * u - 1) for u in colour))
+            image = _turn_hue(image, self.strength / 4 * (2 * turn - 1))
+        if grey < 0.2:
+            image = image.convert("L").convert("RGB")
+        if blurred < 0.5:
+            radius = (0.1 + 1.9 * sigma) * self.crop.image_size / 224
+            image = image.filter(ImageFilter.GaussianBlur(radius))
+        return _pixels(image)
+
+
+@dataclass(frozen=True)
+class _TwoViews:
+    transform: Transform
+
+    @property
+    def min_side(self) -> int | None:
+        return getattr(self.transform, "min_side", None)
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
+        return torch.stack([self.transform(image, generator), self.transform(image, generator)])
 
 
 @dataclass(frozen=True)
@@ -132,6 +200,16 @@ def _jitter(image: Image.Image, brightness: float, contrast: float, saturation: 
         colour = [(1 - saturation) * weight + saturation * (row == column) for column, weight in enumerate(LUMA)]
         matrix += [*(brightness * contrast * value for value in colour), offset]
     return image.convert("RGB", tuple(matrix))
+
+
+def _turn_hue(image: Image.Image, share: float) -> Image.Image:
+    """Turn the hue by a share of the circle, in steps of 1/256 of it."""
+    steps = round(256 * share)
+    if steps == 0:  # HSV rounds
+        return image
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point([(level + steps) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 def _pixels(image: Image.Image) -> Tensor:

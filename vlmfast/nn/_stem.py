@@ -1,0 +1,184 @@
+"""What the drop-in stems have in common: which modules they can stand in for, shared parameters, uint8 pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.ops import _patches, patch_embed
+from vlmfast.ops._patches import DTYPES, LAYOUTS
+
+AnyStem = TypeVar("AnyStem", bound="Stem")
+
+
+def reason_not_eligible(projection: nn.Module) -> str | None:
+    """Why `vlmfast.ops.patch_embed` cannot stand in for a module that projects patches, or None if it can.
+
+    It can for nn.Conv2d and nn.Conv3d whose stride is their kernel, without padding, dilation or groups, and for
+    nn.Linear over the pixels of a patch; in float32, float16 or bfloat16, without hooks.
+    """
+    kind = type(projection)
+    if kind not in (nn.Conv2d, nn.Conv3d, nn.Linear):
+        return f"it is a {kind.__name__}; only Conv2d, Conv3d and Linear themselves can be replaced"
+    if isinstance(projection, (nn.Conv2d, nn.Conv3d)):
+        if projection.stride != projection.kernel_size:
+            return f"its stride {projection.stride} is not its kernel {projection.kernel_size}: patches would overlap"
+        if projection.padding != "valid" and set(projection.padding) != {0}:
+            return f"it has padding {projection.padding}"
+        if set(projection.dilation) != {1}:
+            return f"it has dilation {projection.dilation}"
+        if projection.groups != 1:
+            return f"it has {projection.groups} groups"
+    if projection.weight.dtype not in DTYPES:
+        return f"its weight is {projection.weight.dtype}; float32, float16 and bfloat16 can be"
+    return reason_to_call(projection)
+
+
+def reason_to_call(module: nn.Module) -> str | None:
+    """Why a module must be called, and not only its parameters read, or None."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    if any(hooks):
+        return f"its {type(module).__name__} has hooks, which would not run"
+    if "forward" in module.__dict__:
+        return f"the forward of its {type(module).__name__} was replaced"
+    return None
+
+
+class Stem(nn.Module):
+    """Base of the drop-in stems: takes an original's place and its parameters, tells uint8 pixels from floats.
+
+    Floating-point pixels are what the original takes, normalised, and give what it gives. uint8 pixels are normalised
+    on the way in, (pixels / 255 - mean) / std, without a pass of their own.
+
+    A stem looks at what it stands in for in every call. If that has become not eligible since (hooks were registered,
+    the convolution was wrapped or cast to float64), the original's forward runs, on normalised floats.
+
+    Attributes:
+        mean, std: a float per channel each, for uint8 pixels in [0, 1]; None if not given.
+        layout: "NHWC" or "NCHW", of uint8 images. Floating-point images are NCHW.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    layout: str = "NHWC"
+
+    if TYPE_CHECKING:
+        # Parameters and submodules are the originals'.
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def from_original(
+        cls: type[AnyStem],
+        module: nn.Module,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        layout: str = "NHWC",
+    ) -> AnyStem:
+        """A stem with the original's own parameters, buffers and submodules, to put in its place.
+
+        Keys of the state_dict do not change, and optimizers that hold the parameters go on working.
+
+        Args:
+            module: an instance of the very class that this one replaces.
+            mean, std: a float per channel each, of pixels in [0, 1]. Without them uint8 pixels raise.
+            layout: of uint8 images, "NHWC" (as decoders give them) or "NCHW"; rows of patches have their own.
+        Raises:
+            TypeError: module is of another class.
+            ValueError: module is not eligible, with the reason; mean, std and layout disagree.
+        """
+        replaces = cls._replaces()
+        if type(module) is not replaces:
+            wanted = f"{replaces.__module__}.{replaces.__qualname__}"
+            raise TypeError(f"{cls.__name__}.from_original: module must be a {wanted}; got {type(module).__name__}")
+        stem = cls.__new__(cls)
+        stem.__dict__.update(module.__dict__)
+        reason = "its forward was replaced" if "forward" in module.__dict__ else stem.reason_not_eligible()
+        if reason:
+            raise ValueError(f"{cls.__name__}.from_original: module is not eligible: {reason}")
+        stem._set_normalisation(mean, std, layout)
+        return stem
+
+    def reason_not_eligible(self) -> str | None:
+        """Why the original's forward runs instead of `patch_embed`, or None."""
+        projection, *others = self._not_called()
+        return next(filter(None, (reason_not_eligible(projection), *map(reason_to_call, others))), None)
+
+    @classmethod
+    def _replaces(cls) -> type[nn.Module]:
+        # class X(Stem, Original)
+        return cls.__bases__[-1]
+
+    def _not_called(self) -> Sequence[nn.Module]:
+        """Submodules of which only the parameters are used: the projection, then others."""
+        raise NotImplementedError
+
+    def _set_normalisation(self, mean: Sequence[float] | None, std: Sequence[float] | None, layout: str) -> None:
+        name = type(self).__name__
+        if (mean is None) != (std is None):
+            raise ValueError(f"{name}: mean and std must be given together; got mean {mean} and std {std}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"{name}: layout must be NHWC or NCHW; got {layout!r}")
+        self.mean = None if mean is None else tuple(map(float, mean))
+        self.std = None if std is None else tuple(map(float, std))
+        self.layout = layout
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        """pixels as (B, C, H, W)."""
+        if pixels.dim() != 4:
+            raise ValueError(f"{type(self).__name__}: pixels must have 4 dimensions; got {tuple(pixels.shape)}")
+        if pixels.dtype != torch.uint8:
+            return pixels
+        images, channels = pixels.permute(LAYOUTS[self.layout]), len(self._normalisation(pixels)["mean"])
+        if images.shape[1] != channels:
+            raise ValueError(
+                f"{type(self).__name__}: uint8 pixels must be {self.layout} with {channels} channels, see layout; "
+                f"got {tuple(pixels.shape)}"
+            )
+        return images
+
+    def _normalisation(self, pixels: Tensor) -> dict[str, Any]:
+        """mean and std of pixels, for patch_embed: none of floating-point pixels."""
+        if pixels.dtype != torch.uint8:
+            return {}
+        if self.mean is None or self.std is None:
+            raise ValueError(
+                f"{type(self).__name__}: uint8 pixels need mean and std, given when the stem is made; zeros and ones "
+                "only divide by 255"
+            )
+        return {"mean": self.mean, "std": self.std}
+
+    def _floats(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the original takes: normalised images (B, C, H, W)."""
+        if images.dtype != torch.uint8:
+            return images
+        return _patches.normalise(images, dtype=dtype, **self._normalisation(images))
+
+    def _embed(
+        self,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        prefix: Tensor | None = None,
+        position: Tensor | None = None,
+        keep: Tensor | None = None,
+        pad: bool = False,
+    ) -> Tensor:
+        """patch_embed of images (B, C, H, W), of which without pad a convolution leaves out what is no whole patch."""
+        normalisation = self._normalisation(images)
+        if images.dtype not in (torch.uint8, *DTYPES):
+            images = images.to(weight.dtype)
+        if not pad:
+            rows, columns = _patches.grid(images, weight, pad=False)
+            images = images[:, :, : rows * weight.shape[2], : columns * weight.shape[3]]
+        return patch_embed(images, weight, bias, prefix=prefix, position=position, keep=keep, pad=pad, **normalisation)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """Of what a convolution with this weight returns."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

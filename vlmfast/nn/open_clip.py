@@ -1,0 +1,52 @@
+"""open_clip's vision transformer with its stem in one op, from uint8 or floating-point pixels.
+
+To put it into a model::
+
+    from vlmfast.nn.open_clip import VisionTransformer
+
+    visual = model.visual
+    model.visual = VisionTransformer.from_original(visual, mean=visual.image_mean, std=visual.image_std)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from open_clip import transformer
+from torch import Tensor, nn
+
+from vlmfast.nn._stem import Stem, product_dtype
+from vlmfast.nn.patch_dropout import sample_patches
+
+
+class VisionTransformer(Stem, transformer.VisionTransformer):
+    """open_clip's VisionTransformer; all but the stem (patches, class token, positions, patch dropout) is open_clip's.
+
+    Patches to drop are drawn before they are embedded, on the device, and never embedded.
+
+    `forward_intermediates` reads the size of images off its input: give it uint8 pixels with layout "NCHW", permuted
+    (strides are free), or floats.
+    """
+
+    def _not_called(self) -> Sequence[nn.Module]:
+        return (self.conv1,)
+
+    def _embeds(self, x: Tensor) -> Tensor:
+        images, weight, dropout = self._images(x), self.conv1.weight, self.patch_dropout
+        if self.reason_not_eligible():
+            return super()._embeds(self._floats(images, weight.dtype))
+        keep = None
+        drops = isinstance(dropout, transformer.PatchDropout) and dropout.exclude_first_token
+        if drops and dropout.training and dropout.prob > 0:
+            patches = self.positional_embedding.shape[0] - 1
+            keep = sample_patches(images.shape[0], patches, dropout.prob, images.device)
+        dtype = product_dtype(weight)
+        tokens = self._embed(
+            images,
+            weight,
+            self.conv1.bias,
+            prefix=self.class_embedding.to(dtype)[None],
+            position=self.positional_embedding.to(dtype),
+            keep=keep,
+        )
+        return self.ln_pre(tokens if drops else dropout(tokens))
