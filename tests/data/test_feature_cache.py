@@ -1,0 +1,219 @@
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from vlmfast.data import (
+    Collator,
+    FeatureCache,
+    ImageTextDataset,
+    cache_features,
+    eval_transform,
+    load_tokenizer,
+    train_transform,
+)
+from vlmfast.data import feature_cache as module
+
+SIDE = 8
+
+
+@pytest.fixture
+def members(png):
+    """Ten pairs; the image of number 3 and the caption of number 5 cannot be used."""
+    members = {}
+    for n in range(10):
+        members |= {f"{n}.png": png(n), f"{n}.txt": f"caption {n}".encode()}
+    members["3.png"] = members["3.png"][:50]
+    members["5.txt"] = b" "
+    return members
+
+
+@pytest.fixture
+def path(members, write_tar):
+    return write_tar("pairs.tar", members)
+
+
+def open_dataset(path, **options):
+    return ImageTextDataset(path, transform=options.pop("transform", eval_transform(SIDE)), **options)
+
+
+class Encoder:
+    """The mean colour and the first pixel; counts the images that it was called with."""
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, pixels):
+        assert not torch.is_grad_enabled()
+        assert pixels.dtype == torch.uint8
+        self.images += len(pixels)
+        return torch.cat([pixels.float().mean((1, 2)), pixels[:, 0, 0].float()], 1)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_ROWS", 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_features_are_those_of_the_images(path, tmp_path, workers, batch_size):
+    dataset, encode = open_dataset(path), Encoder()
+    cache = cache_features(tmp_path / "c", dataset, encode, "m", batch_size=batch_size, num_workers=workers)
+    assert encode.images == 9
+    assert len(cache) == 10
+    assert cache.missing() == []
+    assert cache[3] is None
+    for index in {*range(10)} - {3}:
+        pixels = dataset.image(index, np.random.default_rng(0))
+        with torch.no_grad():
+            assert torch.equal(cache[index], encode(pixels[None])[0])
+    with pytest.raises(IndexError, match="index: expected 0 to 9, got 10"):
+        cache[10]
+
+
+def test_a_dataset_with_features_gives_the_same_captions_seeds_and_skips(path, tmp_path):
+    plain, cached = (open_dataset(path, keywords=0.5, seed=3) for _ in range(2))
+    cached.features = cache_features(tmp_path / "c", cached, Encoder(), "m")
+    cached = pickle.loads(pickle.dumps(cached))
+    cached._pairs.image = None  # it is not read
+    for epoch in range(2):
+        for index in range(10):
+            a, b = plain[epoch, index], cached[epoch, index]
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert (a.caption, a.key, a.category, a.seed) == (b.caption, b.key, b.category, b.seed)
+                assert torch.equal(b.image, cached.features[index])
+    assert plain.skipped() == cached.skipped() == {"corrupt image": 1, "empty caption": 1}
+    tokenizer = load_tokenizer()
+    batch = Collator(tokenizer, max_length=8, images="locked_features")([cached[0], cached[1]])
+    assert set(batch) == {"locked_features", "input_ids", "attention_mask"}
+    assert torch.equal(batch["locked_features"][1], cached.features[1])
+
+
+def test_a_second_run_computes_nothing(path, tmp_path):
+    cache_features(tmp_path / "c", open_dataset(path), Encoder(), "m")
+    encode = Encoder()
+    cache_features(tmp_path / "c", open_dataset(path), encode, "m")
+    assert encode.images == 0
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(path, tmp_path):
+    whole = cache_features(tmp_path / "whole", open_dataset(path), Encoder(), "m")
+
+    class Interrupted(Encoder):
+        def __call__(self, pixels):
+            if self.images == 6:
+                raise KeyboardInterrupt
+            return super().__call__(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(tmp_path / "c", open_dataset(path), Interrupted(), "m", batch_size=3)
+    encode = Encoder()
+    cache = cache_features(tmp_path / "c", open_dataset(path), encode, "m")
+    assert encode.images == 6  # the blocks 4..7 and 8..9
+    for index in {*range(10)} - {3}:
+        assert torch.equal(cache[index], whole[index])
+
+
+def test_killed_while_it_writes_a_block(path, tmp_path):
+    """What a killed run leaves of a block under another name is no block."""
+    program = f"""
+        import os, signal, torch
+        from vlmfast.data import ImageTextDataset, cache_features, eval_transform, feature_cache
+        feature_cache.BLOCK_ROWS = 4
+        save = feature_cache.np.save
+        def save_half(file, array):
+            save(file, array)
+            if file.name.endswith("000001.part"):
+                file.truncate(100)
+                os.kill(os.getpid(), signal.SIGKILL)
+        feature_cache.np.save = save_half
+        dataset = ImageTextDataset({path!r}, transform=eval_transform({SIDE}))
+        cache_features({str(tmp_path / "c")!r}, dataset, lambda pixels: pixels[:, 0, 0].float(), "m")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(os.listdir(tmp_path / "c")) == ["000000.npy", "000001.part", "identity.json"]
+    cache = cache_features(tmp_path / "c", open_dataset(path), lambda pixels: pixels[:, 0, 0].float(), "m")
+    assert sorted(os.listdir(tmp_path / "c")) == ["000000.npy", "000001.npy", "000002.npy", "identity.json"]
+    assert cache[4].shape == (3,)
+
+
+def test_a_stale_cache_is_refused(path, tmp_path, members, write_tar, png):
+    folder = tmp_path / "c"
+    cache_features(folder, open_dataset(path), Encoder(), "m")
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    members["0.png"] = png(77)
+    other_image = write_tar("other.tar", members)
+    fewer = write_tar("fewer.tar", {name: data for name, data in members.items() if not name.startswith("9")})
+    for dataset, model, changed in (
+        (open_dataset(path), "another", "model was 'm' and is 'another'"),
+        (open_dataset(path, transform=eval_transform(7)), "m", r"transform was .*image_size=8.* and is .*image_size=7"),
+        (open_dataset(other_image), "m", "data was '[0-9a-f]*' and is"),
+        (open_dataset(fewer), "m", "pairs was '10' and is '9'"),
+    ):
+        with pytest.raises(ValueError, match=f"{folder} holds features of something else; delete it .*{changed}"):
+            cache_features(folder, dataset, Encoder(), model)
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+def test_a_folder_of_other_files_is_left_alone(path, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"is no feature cache: it holds .* but no identity\.json"):
+        cache_features(tmp_path, open_dataset(path), Encoder(), "m")
+
+
+def test_captions_do_not_make_it_stale(path, tmp_path, members, write_tar):
+    cache_features(tmp_path / "c", open_dataset(path), Encoder(), "m")
+    changed = write_tar("captions.tar", {**members, "0.txt": b"another caption, and longer"})
+    assert cache_features(tmp_path / "c", open_dataset(changed), Encoder(), "m")[0] is not None
+
+
+def test_processes_share_the_blocks(path, tmp_path):
+    encoders = [Encoder(), Encoder()]
+    caches = [
+        cache_features(tmp_path / "c", open_dataset(path), encode, "m", rank=rank, world_size=2)
+        for rank, encode in enumerate(encoders)
+    ]
+    assert [encode.images for encode in encoders] == [5, 4]  # pairs 0..3 without 3 and 8..9; pairs 4..7
+    assert all(cache[9] is not None for cache in caches)
+    assert json.loads((tmp_path / "c" / "identity.json").read_text())["pairs"] == "10"
+
+
+def test_a_share_alone_is_not_complete(path, tmp_path):
+    cache = cache_features(tmp_path / "c", open_dataset(path), Encoder(), "m", rank=1, world_size=2)
+    assert cache.missing() == [0, 2]
+    with pytest.raises(ValueError, match=r"lacks .*000000\.npy: the cache is not complete"):
+        cache[0]
+
+
+def test_blocks_without_a_readable_image(write_tar, tmp_path, png):
+    members = {}
+    for n in range(6):
+        members |= {f"{n}.png": png(n)[: 40 if n < 4 else None], f"{n}.txt": b"x"}
+    cache = cache_features(tmp_path / "c", open_dataset(write_tar("a.tar", members)), Encoder(), "m")
+    assert [cache[n] is None for n in range(6)] == [True] * 4 + [False] * 2
+
+
+def test_random_transforms_are_refused(path, tmp_path):
+    with pytest.raises(ValueError, match=r"dataset: expected a transform that is not random.*it draws random"):
+        cache_features(tmp_path / "c", open_dataset(path, transform=train_transform(SIDE)), Encoder(), "m")
+
+
+def test_features_must_be_finite(path, tmp_path):
+    with pytest.raises(ValueError, match=r"encode: expected finite features, .* among pairs range\(0, 4\)"):
+        cache_features(tmp_path / "c", open_dataset(path), lambda pixels: torch.full((len(pixels), 2), torch.inf), "m")
+
+
+def test_rows_must_fit_the_block(tmp_path):
+    cache = FeatureCache(tmp_path / "c", {"model": "m"}, 6)
+    with pytest.raises(ValueError, match=r"features: expected 2 rows, got \(4, 5\)"):
+        cache.write(1, torch.zeros(4, 5))

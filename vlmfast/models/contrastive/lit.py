@@ -1,0 +1,275 @@
+"""LiT: Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text Tuning" (2111.07991).
+
+CLIP's loss over the global batch, with x, t the unit-norm image and text features and s = exp(logit_scale)::
+
+    logits = s * x @ t.T
+    (cross_entropy(logits, arange(N)) + cross_entropy(logits.T, arange(N))) / 2
+
+The image tower is pretrained and locked: without gradients, hence never in an optimizer, and in eval mode whatever
+`train` is asked for, so neither dropout nor running statistics move its features. They can be computed once, by
+`encode_locked`, and passed as `locked_features`. Trained are the text tower, pretrained ("LU" of the paper) or from
+scratch ("Lu"), a linear head with bias from its width to the image tower's, and logit_scale, which starts at ln 10 and
+is not clamped. Images have no head; `image_head` gives both sides one, which is trained.
+
+What one feature per sample is read from:
+
+- images: the class token after the last norm, as in the paper, of towers whose pooler is a dense layer with tanh (ViT,
+  DeiT, BEiT); that pooler is removed. `pooler_output` of others (CLIP, ResNet, ConvNeXt, timm's).
+- texts: towers of types that have a masked language model: their [CLS], without the tanh pooler, or the mean over
+  tokens (`text_pooling`), which is how sentence encoders such as MiniLM were trained. Others: `pooler_output`.
+
+Departures from public implementations:
+
+- transformers' VisionTextDualEncoderModel reads the tanh poolers, has bias-free heads on both sides, and trains all.
+- open_clip's lock_image_tower leaves a locked tower's dropout and batch norms in training mode unless told otherwise.
+- big_vision divides by norm + 1e-8 and, from scratch, has a ViT-style text transformer that reads the last token; here
+  features are divided by max(norm, 1e-12), and `LiTConfig.small` makes a BERT.
+"""
+
+import hashlib
+import json
+import math
+from os import fspath
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import can_return_tuple
+
+from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput, _width
+
+
+@strict
+class LiTConfig(CLIPConfig):
+    """CLIPConfig for a locked image tower.
+
+    Args:
+        projection_dim: size D of the shared space; None is the image tower's width, the only choice without image_head.
+        image_head: give images a trained linear head too.
+        text_pooling: "first" or "mean", of text towers with bidirectional attention.
+        logit_scale_init_value: ln 10, as in the paper.
+        Others as CLIPConfig. A timm tower's config (`TimmWrapperConfig`) needs `hidden_size`, its number of features.
+    Raises:
+        ValueError: text_pooling is another, or projection_dim is not the image tower's width without image_head.
+    """
+
+    model_type = "lit"
+
+    projection_dim: int | None = None  # type: ignore[assignment]
+    logit_scale_init_value: float | int = math.log(10)
+    image_head: bool = False
+    text_pooling: str = "first"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.text_pooling not in ("first", "mean"):
+            raise ValueError(f"text_pooling: expected 'first' or 'mean', got {self.text_pooling!r}")
+        width = _width("vision_config", self.vision_config)
+        if self.projection_dim is None:
+            self.projection_dim = width
+        if not self.image_head and self.projection_dim != width:
+            reason = f"the image tower's width {width}, as images have no head"
+            raise ValueError(f"projection_dim: expected {reason}, got {self.projection_dim}")
+
+    @classmethod
+    def small(
+        cls,
+        *,
+        vocab_size: int,
+        eos_token_id: int,
+        bos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        text_width: int = 192,
+        text_layers: int = 2,
+        max_length: int = 32,
+        embed_dim: int | None = None,
+        **vision: int,
+    ) -> "LiTConfig":
+        """A ViT to be locked as CLIPConfig.small's, and a BERT, from a few numbers.
+
+        `embed_dim` is accepted for the sake of a common signature: the features are as wide as the image tower.
+        """
+        clip = CLIPConfig.small(vocab_size=vocab_size, eos_token_id=eos_token_id, text_width=text_width, **vision)
+        text = transformers.BertConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=max_length,
+            hidden_size=text_width,
+            intermediate_size=4 * text_width,
+            num_hidden_layers=text_layers,
+            num_attention_heads=text_width // 64,
+            type_vocab_size=1,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+        return cls(vision_config=clip.vision_config, text_config=text)
+
+
+class _NoHead(nn.Identity):
+    """Stands for the head that images do not have; like a head's, `weight` has the dtype of the model."""
+
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(0), persistent=False)
+
+
+class LiTModel(CLIPModel):
+    """A locked image tower, a text tower that learns to read it, and CLIP's loss; see the top of this file."""
+
+    config: LiTConfig
+    base_model_prefix = "lit"
+
+    def __init__(self, config: LiTConfig) -> None:
+        super().__init__(config)
+        assert config.projection_dim is not None
+        self.reads_class_token = hasattr(getattr(self.vision_model, "pooler", None), "dense")
+        if self.reads_class_token:
+            self.vision_model.register_module("pooler", None)
+        width = self.visual_projection.in_features
+        head = nn.Linear(width, config.projection_dim) if config.image_head else _NoHead()
+        self.visual_projection = head  # type: ignore[assignment]
+        self.text_projection = nn.Linear(self.text_projection.in_features, config.projection_dim)
+        self._lock()
+        self.post_init()
+
+    @classmethod
+    def from_towers(cls, vision: Any, text: Any, **config: Any) -> "LiTModel":
+        """A model of two towers, each pretrained or new; heads are new.
+
+        Args:
+            vision, text: a name or folder that transformers' AutoModel loads, or a model, whose weights are copied; or
+                a config, of which a tower from scratch is made.
+            config: of `LiTConfig`, but the towers' configs.
+        """
+        towers = {"vision_model": _load(vision), "text_model": _load(text)}
+        configs = {
+            name: tower if isinstance(tower, PreTrainedConfig) else tower.config for name, tower in towers.items()
+        }
+        model = cls(LiTConfig(vision_config=configs["vision_model"], text_config=configs["text_model"], **config))
+        for name, tower in towers.items():
+            if isinstance(tower, PreTrainedModel):
+                kept = {key: value for key, value in tower.state_dict().items() if not key.startswith("pooler.")}
+                getattr(model, name).load_state_dict(kept)
+        return model.eval()
+
+    def train(self, mode: bool = True) -> "LiTModel":
+        """As nn.Module's, but the image tower stays in eval mode."""
+        super().train(mode)
+        self._lock()  # from_pretrained makes new parameters, then calls eval()
+        return self
+
+    def _lock(self) -> None:
+        self.vision_model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def encode_locked(self, pixel_values: Tensor) -> Tensor:
+        """The locked tower's features (B, W), float32, before head and norm, without gradients: `locked_features`.
+
+        Args:
+            pixel_values: as `get_image_features`.
+        """
+        outputs = self.vision_model(self._to_nchw(pixel_values))
+        if self.reads_class_token:
+            pooled: Tensor = outputs.last_hidden_state[:, 0]
+        else:
+            pooled = self._pooler_output("vision_config", outputs).flatten(1)
+        return pooled.float()
+
+    def locked_fingerprint(self) -> str:
+        """A hash of what decides `encode_locked`: the tower's architecture and weights, the normalisation of pixels."""
+        settings = self.config.vision_config.to_dict()
+        for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
+            settings.pop(name, None)
+        settings["pixels"] = [list(self.config.image_mean), list(self.config.image_std)]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, weight in self.vision_model.state_dict().items():
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """As CLIPModel's; a gradient reaches the image head alone, where there is one."""
+        return self._image_features(self.encode_locked(pixel_values))
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """As CLIPModel's."""
+        if self.config.text_pooling == "first" or not self.text_pools_first:
+            return super().get_text_features(input_ids, attention_mask, position_ids)
+        self._check_text(input_ids, attention_mask)
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        states = self.text_model(input_ids, attention_mask=attention_mask, **positions).last_hidden_state
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        weights = mask.to(states.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
+        pooled = (states * weights[..., None]).sum(1)
+        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+    def loss(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        """CLIPModel's; without image_head the gradient of the images is not computed."""
+        if not self.config.image_head:
+            image_features = image_features.detach()  # GradCache makes every feature a leaf that wants one
+        return super().loss(image_features, text_features, logit_scale)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool = True,
+        locked_features: Tensor | None = None,
+    ) -> CLIPOutput:
+        """As CLIPModel's forward.
+
+        Args:
+            locked_features (B, W): what `encode_locked` makes of the images, in the place of `pixel_values`; the image
+                tower is not run.
+
+        Raises:
+            ValueError: an input is missing, images are given twice, there is not one text per image, or locked_features
+                is not (B, W).
+        """
+        if input_ids is None or (pixel_values is None) == (locked_features is None):
+            name = "input_ids" if input_ids is None else "pixel_values"
+            raise ValueError(f"{name}: expected input_ids, and either pixel_values or locked_features")
+        if locked_features is None:
+            assert pixel_values is not None
+            locked_features = self.encode_locked(pixel_values)
+        width = _width("vision_config", self.config.vision_config)
+        if locked_features.ndim != 2 or locked_features.shape[1] != width:
+            raise ValueError(f"locked_features: expected (B, {width}), got shape {tuple(locked_features.shape)}")
+        if return_loss and len(input_ids) != len(locked_features):
+            raise ValueError(f"input_ids: expected {len(locked_features)} texts, one per image, got {len(input_ids)}")
+        image_features = self._image_features(locked_features)
+        text_features = self.get_text_features(input_ids, attention_mask, position_ids)
+        logit_scale = self.logit_scale.clone()  # not the parameter, as in CLIPModel
+        loss = self.loss(image_features, text_features, logit_scale) if return_loss else None
+        return CLIPOutput(
+            loss=loss, image_features=image_features, text_features=text_features, logit_scale=logit_scale
+        )
+
+    def after_optimizer_step(self) -> None:
+        """Nothing: the paper does not clamp the temperature."""
+
+    def _image_features(self, locked_features: Tensor) -> Tensor:
+        features = self.visual_projection(locked_features.to(self.visual_projection.weight.dtype))
+        return F.normalize(features.float() if self.config.image_head else locked_features.float(), dim=-1)
+
+
+def _load(tower: Any) -> PreTrainedModel | PreTrainedConfig:
+    return tower if isinstance(tower, PreTrainedModel | PreTrainedConfig) else AutoModel.from_pretrained(fspath(tower))
