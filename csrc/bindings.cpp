@@ -46,4 +46,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("patch_embed_forward", &vlmfast::patch_embed_forward, release());
   m.def("patch_embed_backward", &vlmfast::patch_embed_backward, release());
   m.def("sigmoid_loss_forward", &vlmfast::sigmoid_loss_forward, release());
+  m.def("media_attention_forward", &vlmfast::media_attention_forward, release());
+  m.def("media_attention_backward", &vlmfast::media_attention_backward, release());
+  m.def("gated_residual_forward", &vlmfast::gated_residual_forward, release());
+  m.def("gated_residual_backward", &vlmfast::gated_residual_backward, release());
 }

@@ -31,6 +31,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
     const std::optional<at::Tensor>& row_codes, const std::optional<at::Tensor>& col_codes, int64_t label_offset,
     bool image_grad, bool text_grad);
 
+// out (N, D).
+at::Tensor gated_residual_forward(const at::Tensor& residual, const at::Tensor& hidden, const at::Tensor& gate,
+                                  const std::optional<at::Tensor>& row_mask, bool tanh);
+
+// Gradients of hidden and gate; (0,) where not asked for.
+std::tuple<at::Tensor, at::Tensor> gated_residual_backward(
+    const at::Tensor& grad, const at::Tensor& hidden, const at::Tensor& gate, const std::optional<at::Tensor>& row_mask,
+    bool tanh, bool hidden_grad, bool gate_grad);
+
+// out (B, H, Lq, dv) and lse (B, H, Lq).
+std::tuple<at::Tensor, at::Tensor> media_attention_forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& media_lo,
+    const std::optional<at::Tensor>& media_hi, const std::optional<at::Tensor>& media_len,
+    const std::optional<at::Tensor>& key_bias, int64_t tokens_per_media, double scale, bool empty_all);
+
+// Gradients of q, k and v; (0,) where not asked for.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> media_attention_backward(
+    const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
+    const at::Tensor& lse, const std::optional<at::Tensor>& media_lo, const std::optional<at::Tensor>& media_hi,
+    const std::optional<at::Tensor>& media_len, const std::optional<at::Tensor>& key_bias, int64_t tokens_per_media,
+    double scale, bool empty_all, bool q_grad, bool kv_grad);
+
 using FloatList = std::optional<std::vector<double>>;
 
 // tokens (B, k + K, O).

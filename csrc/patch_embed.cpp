@@ -198,7 +198,7 @@ void embed(const PatchRows& patches, const at::Tensor& weight, const Added& adde
 // A row of tokens' gradients as float32 or bfloat16; of the same dtype, where it is.
 const float* as(const float* row, int64_t, float*) { return row; }
 const float* as(const at::BFloat16* row, int64_t count, float* out) {
-  kernels().widen(reinterpret_cast<const uint16_t*>(row), count, out);
+  VLMFAST_KERNELS(tile).widen(reinterpret_cast<const uint16_t*>(row), count, true, 1, count, out, count);
   return out;
 }
 const uint16_t* as(const at::BFloat16* row, int64_t, uint16_t*) { return reinterpret_cast<const uint16_t*>(row); }

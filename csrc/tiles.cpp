@@ -88,7 +88,7 @@ void FeatureTiles::add_gradients(int64_t i, int64_t j, float* tile, float* scrat
   }
   if (height < step || width < kCols) std::fill_n(scratch, kRows * kCols / 2, 0.0f);
   if (d_image) {
-    kernels().round_to_bf16(tile, kCols, height, width, reinterpret_cast<uint16_t*>(rounded), kCols);
+    kernels().narrow(tile, kCols, true, height, width, reinterpret_cast<uint16_t*>(rounded), kCols);
     add_product(height, kCols, rounded, text_rows_, j, image_rows);
   }
 }

@@ -1,6 +1,6 @@
 """vlmfast: the fast core under vision-language pretraining. Importing it costs torch only."""
 
-from importlib import import_module
+import sys
 
 from vlmfast import ops
 from vlmfast.ops import _dispatch
@@ -13,7 +13,7 @@ def explain(op: str, *args: object) -> dict[str, str | None]:
     """Why each backend of an op would not run on these arguments, in order of preference.
 
     Args:
-        op: name of an op in vlmfast.ops, such as "info_nce".
+        op: name of an op in vlmfast.ops that has backends, such as "info_nce".
         *args: the op's arguments, as its public function takes them.
     Returns:
         Backend name to reason; None marks one that can run. The first such one is used. With VLMFAST_BACKEND set, only
@@ -21,6 +21,8 @@ def explain(op: str, *args: object) -> dict[str, str | None]:
     Raises:
         ValueError: there is no op of that name.
     """
-    if op not in ops.__all__:
-        raise ValueError(f"explain: op must be one of {', '.join(ops.__all__)}; got {op!r}")
-    return _dispatch.explain(op, import_module(f"vlmfast.ops.{op}").IMPLS, *args)
+    modules = {name: sys.modules.get(f"vlmfast.ops.{name}") for name in ops.__all__}
+    impls = {name: module.IMPLS for name, module in modules.items() if hasattr(module, "IMPLS")}
+    if op not in impls:
+        raise ValueError(f"explain: op must be one of {', '.join(impls)}; got {op!r}")
+    return _dispatch.explain(op, impls[op], *args)

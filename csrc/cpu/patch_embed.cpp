@@ -1,6 +1,6 @@
 #include "patch_embed.h"
 
-#include "simd.h"
+#include "simd16.h"
 
 namespace vlmfast::cpu::VLMFAST_ISA {
 namespace {
@@ -18,14 +18,7 @@ inline Vec widened(const uint8_t* p) {
   return widened(bytes);
 }
 
-inline Vec widened(const uint16_t* p) {
-  Bf16Vec halves;
-  std::memcpy(&halves, p, sizeof halves);
-  const IntVec bits = __builtin_convertvector(halves, IntVec) << 16;
-  Vec x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
+inline Vec widened(const uint16_t* p) { return from_bf16(load(p, kWidth)); }
 
 inline Vec widened(const float* p, int64_t count) { return load(p, count, 0.0f); }
 
@@ -83,10 +76,6 @@ void finish_as(const float* products, const float* bias, const float* position, 
   });
 }
 
-void widen(const uint16_t* in, int64_t count, float* out) {
-  for_each_vector(count, [&](int64_t k, int64_t lanes) { store(out + k, lanes, widened(in + k, lanes)); });
-}
-
 template <class In>
 void add_as(const In* in, int64_t count, float* out) {
   for_each_vector(count, [&](int64_t k, int64_t lanes) {
@@ -104,8 +93,8 @@ void interleave(const uint16_t* even, const uint16_t* odd, int64_t count, uint16
 }  // namespace
 
 const PatchEmbedKernels patch_embed = {
-    readers<uint8_t>, readers<uint16_t>, readers<float>,    finish_as<float>, finish_as<uint16_t>,
-    widen,            add_as<float>,     add_as<uint16_t>, interleave,
+    readers<uint8_t>,    readers<uint16_t>, readers<float>,   finish_as<float>,
+    finish_as<uint16_t>, add_as<float>,     add_as<uint16_t>, interleave,
 };
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

@@ -35,8 +35,6 @@ struct PatchEmbedKernels {
   void (*finish)(const float* products, const float* bias, const float* position, int64_t count, float* out);
   void (*finish_bf16)(const float* products, const float* bias, const float* position, int64_t count, uint16_t* out);
 
-  // out[k] <- bfloat16 in[k].
-  void (*widen)(const uint16_t* in, int64_t count, float* out);
   // out[k] += in[k].
   void (*add)(const float* in, int64_t count, float* out);
   void (*add_bf16)(const uint16_t* in, int64_t count, float* out);

@@ -121,24 +121,6 @@ static inline float reduce_max(Vec v) {
   return lanes[0];
 }
 
-using Bf16Vec = uint16_t __attribute__((vector_size(VLMFAST_SIMD_WIDTH * 2)));
-
-// Rounded to nearest even; a NaN stays one.
-static inline Bf16Vec to_bf16(Vec x) {
-  IntVec bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const IntVec rounded = x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
-  return __builtin_convertvector((rounded >> 16) & 0xffff, Bf16Vec);
-}
-
-// The first `count` lanes, as float32 or bfloat16.
-static inline void put(float* to, Vec x, int64_t count) { store(to, count, x); }
-
-static inline void put(uint16_t* to, Vec x, int64_t count) {
-  const Bf16Vec v = to_bf16(x);
-  std::memcpy(to, &v, count * sizeof(uint16_t));
-}
-
 constexpr float kRoundToInteger = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
 
 // 2^(exponent), given exponent = n + fraction with n an integer, fraction in [-1/2, 1/2], and rounded = n + 1.5 * 2^23.

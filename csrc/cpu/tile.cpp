@@ -1,6 +1,6 @@
 #include "tile.h"
 
-#include "simd.h"
+#include "simd16.h"
 
 namespace vlmfast::cpu::VLMFAST_ISA {
 namespace {
@@ -17,9 +17,20 @@ double dot(const float* a, const float* b, int64_t count) {
   return total;
 }
 
-void round_to_bf16(const float* tile, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride) {
+void widen(const uint16_t* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, float* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i)
-    for_each_in_row(tile + i * stride, cols, [&](Vec x, int64_t j, int64_t count) { put(out + i * out_stride + j, x, count); });
+    for (int64_t j = 0; j < cols; j += kWidth) {
+      const int64_t count = cols - j < kWidth ? cols - j : kWidth;
+      const ShortVec x = load(from + i * from_stride + j, count);
+      store(to + i * to_stride + j, count, bf16 ? from_bf16(x) : from_half(x));
+    }
+}
+
+void narrow(const float* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, uint16_t* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    for_each_in_row(from + i * from_stride, cols, [&](Vec x, int64_t j, int64_t count) {
+      store(to + i * to_stride + j, count, bf16 ? to_bf16(x) : to_half(x));
+    });
 }
 
 // Rows r and r + half of a square trade the blocks of `half` lanes that belong to the other.
@@ -77,6 +88,6 @@ void sum_matches(const float* tile, int64_t stride, int64_t rows, int64_t cols, 
 
 }  // namespace
 
-const TileKernels tile = {dot, round_to_bf16, transpose, transpose_to_bf16, sum_matches};
+const TileKernels tile = {dot, widen, narrow, transpose, transpose_to_bf16, sum_matches};
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

@@ -12,8 +12,11 @@ struct TileKernels {
   // sum of a[k] * b[k], in double across blocks.
   double (*dot)(const float* a, const float* b, int64_t count);
 
-  // out[i, j] <- tile[i, j] as bfloat16, rounded to nearest even.
-  void (*round_to_bf16)(const float* tile, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride);
+  // to[i, j] <- from[i, j]: bfloat16, or else float16, to float32 and back, rounded to nearest even.
+  void (*widen)(const uint16_t* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, float* to,
+                int64_t to_stride);
+  void (*narrow)(const float* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, uint16_t* to,
+                 int64_t to_stride);
 
   // out[j, i] <- tile[i, j], and the same rounded to bfloat16.
   void (*transpose)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);

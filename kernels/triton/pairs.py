@@ -63,7 +63,7 @@ def unsupported(image: Tensor, *args: Any) -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if image.device.type != "cuda":
-        return f"image is on {image.device.type}"
+        return f"the tensors are on {image.device.type}"
     if not torch.version.hip and torch.cuda.get_device_capability(image.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None

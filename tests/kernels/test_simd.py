@@ -40,7 +40,7 @@ void sigmoid_sweep(F t, I st, I r, I c, float s, float b, int32_t* ri, int32_t* 
    sums[0] = all.loss, sums[1] = all.scale, sums[2] = all.bias; }}
 void sum_matches(F t, I st, I r, I c, int32_t* ri, int32_t* ci, F rs, F cs)
 {{ {isa}::tile.sum_matches(t, st, r, c, ri, ci, rs, cs); }}
-void round_to_bf16(F t, I st, I r, I c, uint16_t* o, I os) {{ {isa}::tile.round_to_bf16(t, st, r, c, o, os); }}
+void round_to_bf16(F t, I st, I r, I c, uint16_t* o, I os) {{ {isa}::tile.narrow(t, st, true, r, c, o, os); }}
 void transpose_to_bf16(F t, I st, I r, I c, uint16_t* o, I os) {{ {isa}::tile.transpose_to_bf16(t, st, r, c, o, os); }}
 void transpose(F t, I st, I r, I c, F o, I os) {{ {isa}::tile.transpose(t, st, r, c, o, os); }}
 double dot(F a, F b, I n) {{ return {isa}::tile.dot(a, b, n); }}

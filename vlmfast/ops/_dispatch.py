@@ -43,23 +43,28 @@ def cpu_unsupported(first: torch.Tensor, *args: object) -> str | None:
     """Why the C++ CPU backend cannot run."""
     if CORE_MISSING:
         return CORE_MISSING
-    return None if first.device.type == "cpu" else f"image is on {first.device.type}"
+    return None if first.device.type == "cpu" else f"the tensors are on {first.device.type}"
 
 
-def triton_unsupported(first: torch.Tensor, *args: object) -> str | None:
-    """Why the Triton backend cannot run; triton is imported only for tensors that it may run on.
+def triton_unsupported(kernels: str) -> Callable[..., str | None]:
+    """Why the Triton backend in vlmfast.kernels.<kernels> cannot run; that module's own `unsupported` is asked last.
 
-    On CPU tensors it runs in triton's interpreter, slowly and for tests: when asked for by name.
+    It is imported, and with it triton, only for tensors that it may run on: on a GPU, or when asked for by name on CPU
+    tensors, in triton's interpreter, slowly and for tests.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _wanted() == "triton"
-    if first.device.type != "cuda" and not interpreted:
-        return f"image is on {first.device.type}"
-    try:
-        pairs = import_module("vlmfast.kernels.pairs")
-    except ImportError as error:
-        return f"triton is not there ({error})"
-    reason: str | None = pairs.unsupported(first)
-    return reason
+
+    def unsupported(first: torch.Tensor, *args: object) -> str | None:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _wanted() == "triton"
+        if first.device.type != "cuda" and not interpreted:
+            return f"the tensors are on {first.device.type}"
+        try:
+            module = import_module(f"vlmfast.kernels.{kernels}")
+        except ImportError as error:
+            return f"triton is not there ({error})"
+        reason: str | None = module.unsupported(first, *args)
+        return reason
+
+    return unsupported
 
 
 def never(*args: object) -> None:

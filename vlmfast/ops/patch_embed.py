@@ -283,7 +283,9 @@ def _kernels() -> Any:
 
 IMPLS = {
     "triton": Impl(
-        lambda *args: _kernels().forward(*args), lambda *args: _kernels().backward(*args), triton_unsupported
+        lambda *args: _kernels().forward(*args),
+        lambda *args: _kernels().backward(*args),
+        triton_unsupported("pairs"),
     ),
     "cpu": Impl(
         lambda *args: core.patch_embed_forward(*args), lambda *args: core.patch_embed_backward(*args), cpu_unsupported

@@ -1,0 +1,309 @@
+"""Cross-attention of transformers' IDEFICS, Mllama and GPT-2 through media_attention, with the originals' parameters.
+
+Each class is the original with another forward, so constructor, state_dict, initialisation and gradient checkpointing
+are the original's; `from_module` makes one of a layer that is there, over the same parameters and submodules. Attention
+weights are not returned (output_attentions has none of these layers), and attention dropout, IDEFICS' other dropout
+with it, is refused in training.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
+from transformers.models.idefics import modeling_idefics as idefics
+from transformers.models.mllama import modeling_mllama as mllama
+
+from vlmfast.nn._attention import intervals, key_bias, merge_heads, split_heads
+from vlmfast.ops import gated_residual, media_attention
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class IdeficsGatedCrossAttentionLayer(idefics.IdeficsGatedCrossAttentionLayer):
+    """IDEFICS' gated cross-attention and gated SwiGLU; a drop-in for transformers' layer of that name.
+
+    A token that no image is for has the attention's 0, with or without cross_attention_gate.
+    """
+
+    @classmethod
+    def from_module(cls, original: nn.Module) -> IdeficsGatedCrossAttentionLayer:
+        """One over the parameters and submodules of transformers' layer."""
+        return _over(cls, idefics.IdeficsGatedCrossAttentionLayer, original)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_hidden_states: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        cross_attention_gate: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        *,
+        media_lo: Tensor | None = None,
+        media_hi: Tensor | None = None,
+        tokens_per_media: int | None = None,
+        media_len: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states after the layer.
+
+        Args:
+            hidden_states (B, L, D).
+            attention_mask: not looked at.
+            image_hidden_states (B, Lk, Dv): tokens of the images, one image after the other; None: those that
+                past_key_values holds.
+            image_attention_mask (B, 1, L, Lk): 0 where a token sees a key, else very negative; a token sees an
+                interval of images. None: as media_lo and media_hi say, else everything.
+            cross_attention_gate (B, L): 0 where the attention's output is left out; None: nowhere.
+            past_key_values: a cache of the cross-attention alone, not the decoder's: keys and values are computed once
+                and kept at layer_idx.
+            media_lo, media_hi, tokens_per_media, media_len: of `vlmfast.ops.media_attention`, in place of
+                image_attention_mask and without a mask in memory.
+        Returns:
+            (B, L, D).
+        Raises:
+            ValueError: there are no images, shapes disagree, both kinds of mask are given, dropout in training, or, on
+                a CPU outside torch.compile, a token does not see an interval.
+        """
+        attention = self.cross_attn
+        _no_attention_dropout("IdeficsGatedCrossAttentionLayer", self, attention.dropout)
+        if image_hidden_states is not None:
+            k, v = (
+                split_heads(t(image_hidden_states), attention.num_heads) for t in (attention.k_proj, attention.v_proj)
+            )
+            if attention.qk_layer_norms:
+                k = attention.k_layer_norm(k).to(v.dtype)
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, attention.layer_idx)
+        else:
+            k, v = _cached(
+                "IdeficsGatedCrossAttentionLayer", "image_hidden_states", past_key_values, attention.layer_idx
+            )
+        q = split_heads(attention.q_proj(self.input_layernorm(hidden_states)), attention.num_heads)
+        if attention.qk_layer_norms:
+            q = attention.q_layer_norm(q).to(v.dtype)
+        media: dict[str, Any] = {
+            "media_lo": media_lo,
+            "media_hi": media_hi,
+            "tokens_per_media": tokens_per_media,
+            "media_len": media_len,
+        }
+        if image_attention_mask is not None:
+            media = _media_of_keys("IdeficsGatedCrossAttentionLayer", image_attention_mask, None, k, media)
+        out = attention.o_proj(merge_heads(media_attention(q, k, v, scale=attention.scaling, **media)))
+        row_mask = None if cross_attention_gate is None else cross_attention_gate != 0
+        hidden_states = gated_residual(hidden_states, out, self.alpha_cross_attn, row_mask=row_mask)
+        return gated_residual(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)), self.alpha_dense)
+
+
+class MllamaCrossAttentionDecoderLayer(mllama.MllamaCrossAttentionDecoderLayer):
+    """Mllama's gated cross-attention and gated SwiGLU; a drop-in for transformers' layer of that name.
+
+    Args:
+        config, layer_idx: transformers'.
+        empty: what the attention gives a token before the first image: "zero", or "all", which is transformers': it
+            attends to every key of every image, later ones and padding tiles too.
+    Raises:
+        ValueError: empty is neither.
+    """
+
+    def __init__(self, config: Any, layer_idx: int, empty: str = "zero") -> None:
+        super().__init__(config, layer_idx)
+        self.empty = _known_empty(empty)
+
+    @classmethod
+    def from_module(cls, original: nn.Module, empty: str = "zero") -> MllamaCrossAttentionDecoderLayer:
+        """One over the parameters and submodules of transformers' layer."""
+        layer = _over(cls, mllama.MllamaCrossAttentionDecoderLayer, original)
+        layer.empty = _known_empty(empty)
+        return layer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cross_attention_states: Tensor | None = None,
+        cross_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        full_text_row_masked_out_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: Tensor | None = None,
+        *,
+        media_lo: Tensor | None = None,
+        media_hi: Tensor | None = None,
+        tokens_per_media: int | None = None,
+        media_len: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states after the layer.
+
+        Args:
+            hidden_states (B, L, D).
+            cross_attention_states: the images' tokens, any shape of B * Lk rows of D, one image after the other; None:
+                those that past_key_values holds.
+            cross_attention_mask (B, 1, L, Lk): as transformers makes it: 0 where a token sees a key, and in the rows of
+                tokens that see none, else very negative. None: as media_lo and media_hi say, else everything.
+            full_text_row_masked_out_mask (B, 1, L, 1): 0 for the tokens that see nothing, whose feed-forward is left
+                out too; None: there are none.
+            past_key_values: keys and values of the images are computed once and kept at layer_idx.
+            media_lo, media_hi, tokens_per_media, media_len: of `vlmfast.ops.media_attention`, in place of
+                cross_attention_mask and without a mask in memory.
+            attention_mask, position_ids, use_cache, position_embeddings: not looked at.
+        Returns:
+            (B, L, D).
+        Raises:
+            ValueError: there are no images, shapes disagree, both kinds of mask are given, dropout in training, or, on
+                a CPU outside torch.compile, a token does not see an interval.
+        """
+        attention = self.cross_attn
+        _no_attention_dropout("MllamaCrossAttentionDecoderLayer", self, attention.dropout)
+        if cross_attention_states is not None:
+            states = cross_attention_states.reshape(len(hidden_states), -1, cross_attention_states.shape[-1])
+            k, v = (split_heads(t(states), attention.num_key_value_heads) for t in (attention.k_proj, attention.v_proj))
+            k = attention.k_norm(k).to(v.dtype)
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, attention.layer_idx)
+        else:
+            k, v = _cached(
+                "MllamaCrossAttentionDecoderLayer", "cross_attention_states", past_key_values, attention.layer_idx
+            )
+        q = split_heads(attention.q_proj(self.input_layernorm(hidden_states)), attention.num_heads)
+        q = attention.q_norm(q).to(v.dtype)
+        full_rows = full_text_row_masked_out_mask
+        row_mask = None if full_rows is None else full_rows[:, 0, :, 0] != 0
+        media: dict[str, Any] = {
+            "media_lo": media_lo,
+            "media_hi": media_hi,
+            "tokens_per_media": tokens_per_media,
+            "media_len": media_len,
+        }
+        if cross_attention_mask is not None:
+            media = _media_of_keys("MllamaCrossAttentionDecoderLayer", cross_attention_mask, row_mask, k, media)
+        out = media_attention(q, k, v, scale=attention.scaling, empty=self.empty, **media)
+        hidden_states = gated_residual(hidden_states, attention.o_proj(merge_heads(out)), self.cross_attn_attn_gate)
+        out = self.mlp(self.post_attention_layernorm(hidden_states))
+        if row_mask is not None:
+            row_mask = row_mask.expand(hidden_states.shape[:2])
+        return gated_residual(hidden_states, out, self.cross_attn_mlp_gate, row_mask=row_mask)
+
+
+class GPT2CrossAttention(gpt2.GPT2Attention):
+    """GPT-2's cross-attention; a drop-in for transformers' `GPT2Attention(config, is_cross_attention=True)`.
+
+    A sample whose keys are all masked gets zeros before c_proj; the original, their mean.
+
+    Args:
+        config: transformers'.
+        is_cross_attention: must be True.
+        layer_idx: transformers'.
+    Raises:
+        ValueError: is_cross_attention is False.
+    """
+
+    def __init__(self, config: Any, is_cross_attention: bool = True, layer_idx: int | None = None) -> None:
+        if not is_cross_attention:
+            raise ValueError("GPT2CrossAttention: is_cross_attention must be True; got False")
+        super().__init__(config, is_cross_attention=True, layer_idx=layer_idx)
+
+    @classmethod
+    def from_module(cls, original: nn.Module) -> GPT2CrossAttention:
+        """One over the parameters and submodules of transformers' attention."""
+        if not getattr(original, "is_cross_attention", True):
+            raise ValueError("GPT2CrossAttention: the original must be a cross-attention; got a self-attention")
+        return _over(cls, gpt2.GPT2Attention, original)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        output_attentions: bool | None = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """The attention's output, and None in place of its weights.
+
+        Args:
+            hidden_states (B, L, D).
+            past_key_values: keys and values of encoder_hidden_states are computed once and kept at layer_idx; of an
+                EncoderDecoderCache, in its cross_attention_cache.
+            encoder_hidden_states (B, Lk, D).
+            encoder_attention_mask: as transformers makes it: (B, 1, 1 or L, Lk) to be added or bool, or (B, Lk).
+            attention_mask, output_attentions: not looked at.
+        Returns:
+            out (B, L, D), None.
+        Raises:
+            ValueError: encoder_hidden_states is missing, shapes disagree, attention dropout in training, or, on a CPU
+                outside torch.compile, a mask that is not the same for all queries.
+        """
+        _no_attention_dropout("GPT2CrossAttention", self, self.attn_dropout.p)
+        if encoder_hidden_states is None:
+            raise ValueError("GPT2CrossAttention: encoder_hidden_states must be a tensor; got None")
+        cache, filled = past_key_values, False
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.cross_attention_cache
+            filled = bool(past_key_values.is_updated.get(self.layer_idx))
+        if filled:
+            k, v = _cached("GPT2CrossAttention", "encoder_hidden_states", cache, self.layer_idx)
+        else:
+            k, v = (split_heads(t, self.num_heads) for t in self.c_attn(encoder_hidden_states).chunk(2, -1))
+            if cache is not None:
+                k, v = cache.update(k, v, self.layer_idx)
+            if isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values.is_updated[self.layer_idx] = True
+        q = split_heads(self.q_attn(hidden_states), self.num_heads)
+        bias = key_bias("GPT2CrossAttention", encoder_attention_mask, len(q), k.shape[2])
+        out = merge_heads(media_attention(q, k, v, key_bias=bias, scale=self.scaling))
+        return self.resid_dropout(self.c_proj(out)), None
+
+
+def _over(cls: type[Layer], base: type[nn.Module], original: nn.Module) -> Layer:
+    """original's attributes, parameters and submodules in an object of cls, which adds to base's methods alone."""
+    if not isinstance(original, base):
+        raise TypeError(
+            f"{cls.__name__}: the original must be transformers' {base.__name__}; got {type(original).__name__}"
+        )
+    layer: Any = copy.copy(original)
+    layer.__class__ = cls
+    return layer
+
+
+def _no_attention_dropout(name: str, layer: nn.Module, probability: float) -> None:
+    if layer.training and probability > 0:
+        raise ValueError(f"{name}: attention dropout is not supported in training, set it to 0; got {probability}")
+
+
+def _cached(name: str, argument: str, cache: Cache | None, layer_idx: int | None) -> tuple[Tensor, Tensor]:
+    if (
+        cache is None
+        or layer_idx is None
+        or layer_idx >= len(cache.layers)
+        or not cache.layers[layer_idx].is_initialized
+    ):
+        raise ValueError(f"{name}: {argument} must be a tensor where past_key_values holds no keys of it; got None")
+    return cache.layers[layer_idx].keys, cache.layers[layer_idx].values
+
+
+def _media_of_keys(
+    name: str, mask: Tensor, row_mask: Tensor | None, k: Tensor, given: dict[str, Any]
+) -> dict[str, Any]:
+    """media_attention's arguments from a mask over keys, every key a medium. Where row_mask is False a row is empty."""
+    if any(value is not None for value in given.values()):
+        raise ValueError(f"{name}: media_lo, media_hi, tokens_per_media and media_len must be None beside a mask")
+    if row_mask is not None:
+        mask = torch.where(row_mask[:, None, :, None], mask if mask.dtype == torch.bool else mask == 0, False)
+    lo, hi, length = intervals(name, mask, k.shape[0], k.shape[2])
+    return {"media_lo": lo, "media_hi": hi, "tokens_per_media": 1, "media_len": length}
+
+
+def _known_empty(empty: str) -> str:
+    if empty not in ("zero", "all"):
+        raise ValueError(f"MllamaCrossAttentionDecoderLayer: empty must be 'zero' or 'all'; got {empty!r}")
+    return empty
