@@ -8,12 +8,14 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 
 install: $(VENV)/installed
 
+# open-flamingo, which tests compare with, asks for a torch of long ago: its dependencies are those of the line before.
 # The stamp depends on what decides the content of the environment; editing Python files needs no new install.
 $(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision setuptools wheel pybind11 ninja cmake
 	VLMFAST_REQUIRE_EXT=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps open-flamingo
 	touch $@
 
 lint: install

@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from harness import DTYPES, NotHere, _status, compiled, gemm_rates, machine, require, seconds
+from harness import DTYPES, NotHere, Size, _status, compiled, gemm_rates, machine, require, seconds
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -40,7 +40,7 @@ def share(module: Module, original: nn.Module) -> Module:
             )
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, parameter)
-    return module
+    return module.train(original.training)
 
 
 def key_bias(name: str, mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
