@@ -291,7 +291,8 @@ def measure_case(name: str, providers: Sequence[str], dtype_name: str, rounds: i
         if provider != "projections alone":
             errors[provider] = error(results, exact)
     del exact
-    rates = gemm_rates(case.batch * case.length, DIM, dtype, device)
+    rows = case.batch * case.length
+    rates = gemm_rates(Size({}, 0.0, (rows, rows, DIM)), dtype, device)
     measured: dict[str, list[float]] = {provider: [] for provider in functions}
     products: dict[str, list[float]] = {rate: [] for rate in rates}
     for number in range(rounds + 1):  # the first warms up
