@@ -21,8 +21,8 @@ def explain(op: str, *args: object) -> dict[str, str | None]:
     Raises:
         ValueError: there is no op of that name.
     """
-    modules = {name: sys.modules.get(f"vlmfast.ops.{name}") for name in ops.__all__}
-    impls = {name: module.IMPLS for name, module in modules.items() if hasattr(module, "IMPLS")}
+    found = {name: getattr(sys.modules.get(f"vlmfast.ops.{name}"), "IMPLS", None) for name in ops.__all__}
+    impls = {name: backends for name, backends in found.items() if backends}
     if op not in impls:
         raise ValueError(f"explain: op must be one of {', '.join(impls)}; got {op!r}")
     return _dispatch.explain(op, impls[op], *args)

@@ -27,6 +27,7 @@ Departures from public implementations:
 - transformers rounds the initial logit_scale to 2.6592 and does not clamp it; the paper and open_clip do.
 - transformers pools position 0 of a text without end-of-text token, silently; here that is an error. It is looked for
   on CPU tensors outside torch.compile only: on an accelerator the look would stall the device at every step.
+- The CLIP vision tower's stem is `vlmfast.ops.patch_embed`, which reads uint8 pixels as they are.
 - Features are normalised in float32, under autocast too, and a zero vector gives zeros where transformers gives NaN.
 """
 
@@ -48,6 +49,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from vlmfast.distributed import rank_and_world_size
 from vlmfast.nn import ClipLoss
+from vlmfast.nn import transformers as stems
 
 
 @strict
@@ -240,6 +242,10 @@ class CLIPModel(PreTrainedModel):
         self.text_model = _tower(text_config)
         if isinstance(self.text_model, CLIPTextModel) and not isinstance(text_config.eos_token_id, int):
             raise ValueError(f"text_config: expected an integer eos_token_id, got {text_config.eos_token_id}")
+        if isinstance(self.vision_model, CLIPVisionModel):
+            self.vision_model.embeddings = stems.CLIPVisionEmbeddings.from_original(
+                self.vision_model.embeddings, mean=config.image_mean, std=config.image_std
+            )
         self.text_pools_first = type(text_config) in MODEL_FOR_MASKED_LM_MAPPING
         if self.text_pools_first:
             if getattr(text_config, "is_decoder", False) or text_config.is_encoder_decoder:
@@ -275,7 +281,7 @@ class CLIPModel(PreTrainedModel):
             TypeError: another dtype.
             ValueError: another shape, or a size that is not the CLIP tower's.
         """
-        outputs = self.vision_model(self._to_nchw(pixel_values))
+        outputs = self.vision_model(self._tower_input(pixel_values))
         features = self.visual_projection(self._pooler_output("vision_config", outputs).flatten(1))
         return F.normalize(features.float(), dim=-1)
 
@@ -358,7 +364,7 @@ class CLIPModel(PreTrainedModel):
             raise ValueError(f"{name}: expected a tower with pooler_output, got {model_type!r}")
         return outputs["pooler_output"]
 
-    def _to_nchw(self, pixel_values: Tensor) -> Tensor:
+    def _tower_input(self, pixel_values: Tensor) -> Tensor:
         is_bytes = pixel_values.dtype == torch.uint8
         if not is_bytes and not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values: expected uint8 or floating point, got {pixel_values.dtype}")
@@ -370,8 +376,8 @@ class CLIPModel(PreTrainedModel):
             size = tuple(pixel_values.shape[1:3] if is_bytes else pixel_values.shape[2:])
             if size != (side, side):
                 raise ValueError(f"pixel_values: expected {expected} of size {(side, side)}, got {size}")
-        if not is_bytes:
-            return pixel_values
+        if not is_bytes or isinstance(self.vision_model, CLIPVisionModel):
+            return pixel_values  # the CLIP tower's stem normalises while it reads
         channels = zip(pixel_values.unbind(-1), self.config.image_mean, self.config.image_std, strict=True)
         normalised = torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-1)
         # Still NHWC in memory (channels_last), in which convolutions are fastest on CPUs and tensor cores.

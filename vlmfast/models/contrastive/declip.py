@@ -296,7 +296,7 @@ class DeCLIPModel(CLIPModel):
         self.logit_scale.clamp_(self.config.logit_scale_min, math.log(100))
 
     def _pool_image(self, pixel_values: Tensor) -> Tensor:
-        return self._pooler_output("vision_config", self.vision_model(self._to_nchw(pixel_values))).flatten(1)
+        return self._pooler_output("vision_config", self.vision_model(self._tower_input(pixel_values))).flatten(1)
 
     def _pool_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """States of all tokens (B, L, W), after the tower's last norm, and the text's (B, W)."""

@@ -181,7 +181,7 @@ class LiTModel(CLIPModel):
         Args:
             pixel_values: as `get_image_features`.
         """
-        outputs = self.vision_model(self._to_nchw(pixel_values))
+        outputs = self.vision_model(self._tower_input(pixel_values))
         if self.reads_class_token:
             pooled: Tensor = outputs.last_hidden_state[:, 0]
         else:
