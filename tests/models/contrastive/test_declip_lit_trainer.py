@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from PIL import Image
+from command_line import TINY, write_pairs
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -24,19 +24,10 @@ from vlmfast.models.contrastive.declip import DeCLIPConfig, DeCLIPModel
 from vlmfast.models.contrastive.lit import LiTConfig, LiTModel
 from vlmfast.training import PretrainingArguments, PretrainingTrainer, last_checkpoint
 
-COLOURS = ("red", "green", "blue", "black", "yellow", "pink", "grey", "brown")
-SIZES = {"image_size": 16, "patch_size": 8, "vision_width": 64, "vision_layers": 1, "text_width": 64, "text_layers": 1}
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs")
-    for k in range(24):
-        image = Image.new("RGB", (16, 16), COLOURS[k % 8])
-        image.putpixel((k % 16, k // 16), (k, 2 * k, 3 * k))
-        image.save(folder / f"{k:03}.png")
-        (folder / f"{k:03}.txt").write_text(f"a {COLOURS[k % 8]} square of number {k}")
-    return folder
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 24)
 
 
 def arguments(output_dir: Path, **options: object) -> PretrainingArguments:
@@ -52,7 +43,7 @@ def declip_trainer(data: Path, output_dir: Path, weights: dict[str, float], **op
     tokenizer = load_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     special = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
-    config = DeCLIPConfig.small(vocab_size=len(tokenizer), **special, **SIZES)
+    config = DeCLIPConfig.small(vocab_size=len(tokenizer), **special, **TINY)
     config.bank_size, config.ssl_dim, config.ssl_hidden_dim = 30, 32, 16
     config.text_config.attention_dropout = 0.2  # so that the order of random numbers matters
     for name, value in weights.items():
@@ -108,7 +99,7 @@ def lit_trainer(data: Path, output_dir: Path, *, cached: bool, **options: object
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer()
     vision = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 32], depths=[1, 1], layer_type="basic")
-    small = LiTConfig.small(vocab_size=len(tokenizer), eos_token_id=1, bos_token_id=2, pad_token_id=0, **SIZES)
+    small = LiTConfig.small(vocab_size=len(tokenizer), eos_token_id=1, bos_token_id=2, pad_token_id=0, **TINY)
     model = LiTModel(LiTConfig(vision_config=vision, text_config=small.text_config))
     dataset = ImageTextDataset(str(data), transform=eval_transform(16), seed=args.seed)
     if cached:

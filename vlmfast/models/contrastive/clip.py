@@ -33,6 +33,7 @@ Departures from public implementations:
 
 import math
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, ClassVar
 
 import torch
@@ -40,14 +41,22 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, CLIPVisionEmbeddings
 from transformers.utils import ModelOutput, can_return_tuple
+from typing_extensions import Self
 
 from vlmfast.distributed import rank_and_world_size
+from vlmfast.models.contrastive.towers import (
+    CLIPTextModel,
+    CLIPVisionModel,
+    load_tower,
+    new_tower,
+    normalisation,
+    tower_width,
+)
 from vlmfast.nn import ClipLoss
 from vlmfast.nn import transformers as stems
 
@@ -166,58 +175,6 @@ class CLIPOutput(ModelOutput):
         return self["logit_scale"].exp() * self["image_features"] @ self["text_features"].T
 
 
-class _OpenAIInit(transformers.CLIPPreTrainedModel):
-    """transformers' CLIP tower with OpenAI's initial weights, where the two differ."""
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # In custom code transformers passes over `_init_weights` of modules without parameters of their own: here,
-        # attention and MLPs.
-        return False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # biases, norms, MLPs, token and class embeddings agree
-        factor = self.config.initializer_factor or 1.0
-        if isinstance(module, CLIPAttention):
-            std = factor * module.embed_dim**-0.5
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                init.normal_(projection.weight, std=std)
-            init.normal_(module.out_proj.weight, std=std * (2 * module.config.num_hidden_layers) ** -0.5)
-        elif isinstance(module, CLIPTextEmbeddings):
-            init.normal_(module.position_embedding.weight, std=factor * 0.01)
-        elif isinstance(module, CLIPVisionEmbeddings):
-            init.kaiming_uniform_(module.patch_embedding.weight, a=5**0.5)  # torch's default for a convolution
-            init.normal_(module.position_embedding.weight, std=factor * module.embed_dim**-0.5)
-
-
-class CLIPVisionModel(_OpenAIInit, transformers.CLIPVisionModel):
-    """transformers' CLIPVisionModel with OpenAI's initialisation."""
-
-    config: transformers.CLIPVisionConfig
-
-
-class CLIPTextModel(_OpenAIInit, transformers.CLIPTextModel):
-    """transformers' CLIPTextModel with OpenAI's initialisation."""
-
-    config: transformers.CLIPTextConfig
-
-
-def _tower(config: PreTrainedConfig) -> PreTrainedModel:
-    if config.model_type == "clip_vision_model":
-        return CLIPVisionModel._from_config(config)
-    if config.model_type == "clip_text_model":
-        return CLIPTextModel._from_config(config)
-    return AutoModel.from_config(config)
-
-
-def _width(name: str, config: PreTrainedConfig) -> int:
-    width = getattr(config, "hidden_size", None) or getattr(config, "hidden_sizes", [None])[-1]
-    if width is None:
-        raise ValueError(f"{name}: expected a config with hidden_size or hidden_sizes, got {type(config).__name__}")
-    return width
-
-
 class CLIPModel(PreTrainedModel):
     """Image and text towers, a linear projection of each, and the contrastive loss; see the top of this file.
 
@@ -238,8 +195,8 @@ class CLIPModel(PreTrainedModel):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
         vision_config, text_config = config.vision_config, config.text_config
-        self.vision_model = _tower(vision_config)
-        self.text_model = _tower(text_config)
+        self.vision_model = new_tower(vision_config)
+        self.text_model = new_tower(text_config)
         if isinstance(self.text_model, CLIPTextModel) and not isinstance(text_config.eos_token_id, int):
             raise ValueError(f"text_config: expected an integer eos_token_id, got {text_config.eos_token_id}")
         if isinstance(self.vision_model, CLIPVisionModel):
@@ -253,14 +210,43 @@ class CLIPModel(PreTrainedModel):
             if hasattr(self.text_model, "pooler"):
                 self.text_model.register_module("pooler", None)  # DDP stops at a parameter without gradient
 
-        self.visual_projection = nn.Linear(_width("vision_config", vision_config), config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(_width("text_config", text_config), config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(
+            tower_width("vision_config", vision_config), config.projection_dim, bias=False
+        )
+        self.text_projection = nn.Linear(tower_width("text_config", text_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value, dtype=torch.float32))
         self.post_init()
 
     @classmethod
+    def from_towers(cls, vision: Any, text: Any, **config: Any) -> Self:
+        """A model of two towers, each pretrained or new; what joins them is new.
+
+        Args:
+            vision, text: a name or folder that transformers' AutoModel loads, of which the tower is taken where it
+                holds two (CLIP, Siglip); or a model, whose weights are copied; or a config, of which a tower is made.
+            config: of the model's config, but the towers' configs. image_mean and image_std are by default those that
+                lie beside the pretrained vision tower.
+        Raises:
+            ValueError: a checkpoint lacks weights of its tower.
+        """
+        if isinstance(vision, str | PathLike):
+            config = {**normalisation(vision), **config}
+        towers = {"vision_model": load_tower("vision_model", vision), "text_model": load_tower("text_model", text)}
+        configs = {
+            name: tower if isinstance(tower, PreTrainedConfig) else tower.config for name, tower in towers.items()
+        }
+        model = cls(
+            cls.config_class(vision_config=configs["vision_model"], text_config=configs["text_model"], **config)
+        )
+        for name, tower in towers.items():
+            if isinstance(tower, PreTrainedModel):
+                weights, used = tower.state_dict(), getattr(model, name)
+                used.load_state_dict({key: weights[key] for key in used.state_dict()})
+        return model.eval()
+
+    @classmethod
     def is_custom_code(cls) -> bool:
-        return False  # as in _OpenAIInit
+        return False  # as in OpenAIInit
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

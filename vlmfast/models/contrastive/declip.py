@@ -46,8 +46,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from vlmfast import distributed
-from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPVisionModel
+from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
 from vlmfast.models.contrastive.declip_parts import FeatureBank, predictor, projector, simsiam_loss
+from vlmfast.models.contrastive.towers import CLIPVisionModel
 from vlmfast.nn import ClipLoss
 from vlmfast.ops import info_nce
 

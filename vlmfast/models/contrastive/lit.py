@@ -29,7 +29,6 @@ Departures from public implementations:
 import hashlib
 import json
 import math
-from os import fspath
 from typing import Any
 
 import torch
@@ -37,11 +36,11 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
-from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput, _width
+from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
+from vlmfast.models.contrastive.towers import tower_width
 
 
 @strict
@@ -69,7 +68,7 @@ class LiTConfig(CLIPConfig):
         super().__post_init__(**kwargs)
         if self.text_pooling not in ("first", "mean"):
             raise ValueError(f"text_pooling: expected 'first' or 'mean', got {self.text_pooling!r}")
-        width = _width("vision_config", self.vision_config)
+        width = tower_width("vision_config", self.vision_config)
         if self.projection_dim is None:
             self.projection_dim = width
         if not self.image_head and self.projection_dim != width:
@@ -138,26 +137,6 @@ class LiTModel(CLIPModel):
         self.text_projection = nn.Linear(self.text_projection.in_features, config.projection_dim)
         self._lock()
         self.post_init()
-
-    @classmethod
-    def from_towers(cls, vision: Any, text: Any, **config: Any) -> "LiTModel":
-        """A model of two towers, each pretrained or new; heads are new.
-
-        Args:
-            vision, text: a name or folder that transformers' AutoModel loads, or a model, whose weights are copied; or
-                a config, of which a tower from scratch is made.
-            config: of `LiTConfig`, but the towers' configs.
-        """
-        towers = {"vision_model": _load(vision), "text_model": _load(text)}
-        configs = {
-            name: tower if isinstance(tower, PreTrainedConfig) else tower.config for name, tower in towers.items()
-        }
-        model = cls(LiTConfig(vision_config=configs["vision_model"], text_config=configs["text_model"], **config))
-        for name, tower in towers.items():
-            if isinstance(tower, PreTrainedModel):
-                kept = {key: value for key, value in tower.state_dict().items() if not key.startswith("pooler.")}
-                getattr(model, name).load_state_dict(kept)
-        return model.eval()
 
     def train(self, mode: bool = True) -> "LiTModel":
         """As nn.Module's, but the image tower stays in eval mode."""
@@ -250,7 +229,7 @@ class LiTModel(CLIPModel):
         if locked_features is None:
             assert pixel_values is not None
             locked_features = self.encode_locked(pixel_values)
-        width = _width("vision_config", self.config.vision_config)
+        width = tower_width("vision_config", self.config.vision_config)
         if locked_features.ndim != 2 or locked_features.shape[1] != width:
             raise ValueError(f"locked_features: expected (B, {width}), got shape {tuple(locked_features.shape)}")
         if return_loss and len(input_ids) != len(locked_features):
@@ -269,7 +248,3 @@ class LiTModel(CLIPModel):
     def _image_features(self, locked_features: Tensor) -> Tensor:
         features = self.visual_projection(locked_features.to(self.visual_projection.weight.dtype))
         return F.normalize(features.float() if self.config.image_head else locked_features.float(), dim=-1)
-
-
-def _load(tower: Any) -> PreTrainedModel | PreTrainedConfig:
-    return tower if isinstance(tower, PreTrainedModel | PreTrainedConfig) else AutoModel.from_pretrained(fspath(tower))

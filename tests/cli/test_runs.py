@@ -1,0 +1,150 @@
+"""vlmfast train and vlmfast eval from start to end: killed, stopped, resumed, on two processes, on faulty data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import PAIRS, STEPS, assert_same_run, command, logged, run, write_pairs
+from PIL import Image
+
+from vlmfast.training import last_checkpoint
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    output_dir = tmp_path_factory.mktemp("finished")
+    done = run(command(data, output_dir))
+    assert done.returncode == 0, done.stderr
+    assert "skipped: nothing" in done.stdout
+    return output_dir
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_killed_in_mid_step_and_resumed(data: Path, finished: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(data, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: last_checkpoint(tmp_path) is not None, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "model.safetensors").exists()
+
+    refused = run(command(data, tmp_path))
+    assert refused.returncode == 1
+    assert "pass --resume to go on" in refused.stderr
+    other = run(command(data, tmp_path, "--resume", "--seed=7"))
+    assert other.returncode == 1
+    assert "seed was 42 and is 7" in other.stderr
+
+    resumed = run(command(data, tmp_path, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stdout
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_a_checkpoint(data: Path, finished: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        command(data, tmp_path, "--save-steps=1000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:  # the bar has begun to move
+        if f"1/{STEPS}" in line or f"2/{STEPS}" in line:
+            break
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name} after step" in output
+    resumed = run(command(data, tmp_path, "--save-steps=1000", "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(tmp_path, finished)
+
+
+def test_two_processes_equal_one(data: Path, finished: Path, tmp_path: Path) -> None:
+    """torchrun on gloo with half the batch each: the same global batches, so the same losses up to rounding."""
+    arguments = command(data, tmp_path, "--per-device-train-batch-size=4", "--ddp-backend=gloo", "--cache-chunk=2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments[1:]]
+    done = run(torchrun)
+    assert done.returncode == 0, done.stderr
+    assert logged(tmp_path) == pytest.approx(logged(finished), rel=1e-4)
+
+
+def test_evaluates_what_was_trained(data: Path, finished: Path, tmp_path: Path) -> None:
+    scores, report = tmp_path / "scores.json", tmp_path / "report.png"
+    done = run([
+        sys.executable, "-m", "vlmfast", "eval", "--checkpoint", str(finished), "--data", str(data),
+        "--output", str(scores), "--report", str(report), "--device=cpu",
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "image -> text" in done.stdout
+    assert json.loads(scores.read_text())["num_pairs"] == PAIRS
+    assert Image.open(report).width > 500
+
+
+def test_faults_are_counted_and_reported(data: Path, tmp_path: Path) -> None:
+    faulty = tmp_path / "faulty"
+    faulty.mkdir()
+    for path in data.iterdir():
+        (faulty / path.name).write_bytes(path.read_bytes())
+    (faulty / "003.png").write_bytes(b"not an image")
+    (faulty / "004.txt").write_text("  ")
+    done = run(command(faulty, tmp_path / "out", "--max-steps=5"))
+    assert done.returncode == 0, done.stderr
+    assert "1 corrupt image" in done.stdout
+    assert "1 empty caption" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--output-dir=unused"], "--data is needed"),
+        (["train", "--output-dir=unused", "--data=missing-*.tar", "--use-cpu"], "missing-*.tar"),
+        (["train", "--output-dir=unused", "--data=x", "--use-cpu", "--pretrained=./no/where"], "no config.json"),
+        (["eval", "--checkpoint=./nowhere", "--data=x"], "no config.json"),
+        (["fly"], "COMMAND must be one of train, eval; got 'fly'"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmfast", *arguments], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_commands() -> None:
+    done = run([sys.executable, "-m", "vlmfast", "--help"])
+    assert "train" in done.stdout
+    assert "eval" in done.stdout
+    assert "--cache-chunk" in run([sys.executable, "-m", "vlmfast", "train", "--help"]).stdout
+
+
+def test_scores_during_training(data: Path, tmp_path: Path) -> None:
+    """--eval-strategy with --val-data logs retrieval scores beside the loss."""
+    done = run(
+        command(data, tmp_path, "--max-steps=4", "--eval-strategy=steps", "--eval-steps=2", f"--val-data={data}")
+    )
+    assert done.returncode == 0, done.stderr
+    history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    scores = {entry["step"]: entry["eval_image_to_text_R@1"] for entry in history if "eval_image_to_text_R@1" in entry}
+    assert set(scores) == {2, 4}
+    assert all(0 <= score <= 1 for score in scores.values())

@@ -1,0 +1,51 @@
+"""vlmfast in processes of its own, on small coloured squares."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+PAIRS = 40
+COLOURS = ("red", "green", "blue", "black", "yellow", "pink", "grey", "brown")
+TINY = {"image_size": 16, "patch_size": 8, "vision_width": 64, "vision_layers": 1, "text_width": 64, "text_layers": 1}
+STEPS = 12
+
+
+def write_pairs(folder: Path, count: int = PAIRS) -> Path:
+    """A folder of small coloured images with captions."""
+    for k in range(count):
+        image = Image.new("RGB", (16, 16), COLOURS[k % 8])
+        image.putpixel((k % 16, k // 16), (k, 2 * k, 3 * k))
+        image.save(folder / f"{k:03}.png")
+        (folder / f"{k:03}.txt").write_text(f"{COLOURS[k % 8]} square number {k}")
+    return folder
+
+
+def command(data: Path, output_dir: Path, *extra: str) -> list[str]:
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    return [
+        sys.executable, "-m", "vlmfast", "train", "--data", str(data), "--output-dir", str(output_dir), *sizes,
+        "--embed-dim=32", "--per-device-train-batch-size=8", f"--max-steps={STEPS}", "--logging-steps=1",
+        "--report-to=none", "--save-steps=3", "--cache-chunk=4", "--dataloader-num-workers=1", "--use-cpu", *extra,
+    ]  # fmt: skip
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
+
+
+def logged(output_dir: Path, step: int = STEPS) -> dict[int, float]:
+    state = json.loads((output_dir / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert logged(a) == logged(b)
+    for name, weight in load_file(a / "model.safetensors").items():
+        assert torch.equal(load_file(b / "model.safetensors")[name], weight), name

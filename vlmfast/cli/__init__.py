@@ -1,0 +1,47 @@
+"""The command line: vlmfast train, vlmfast eval."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import torch
+
+import vlmfast
+
+COMMANDS = {
+    "train": ("vlmfast.cli.train", "Pretrain a model on image-text pairs."),
+    "eval": ("vlmfast.cli.evaluate", "Retrieval and zero-shot scores of a checkpoint."),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:8}{text}" for name, (_, text) in COMMANDS.items()]
+        print("usage: vlmfast COMMAND [options]\n", *lines, sep="\n")
+        print("\n'vlmfast COMMAND --help' lists the options.")
+        return 0
+    if arguments[0] == "--version":
+        print(f"vlmfast {vlmfast.__version__}, torch {torch.__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    # Before workers are forked; they tokenize in parallel already.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if command not in COMMANDS:
+        print(f"vlmfast: COMMAND must be one of {', '.join(COMMANDS)}; got {command!r}", file=sys.stderr)
+        return 2
+    try:
+        code: int = import_module(COMMANDS[command][0]).run(rest)
+        return code
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("vlmfast"):
+            raise
+        print(f"vlmfast {command}: {error.name} is not installed; pip install 'vlmfast[train]'", file=sys.stderr)
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("VLMFAST_TRACEBACK") == "1":
+            raise
+        print(f"vlmfast {command}: {error}", file=sys.stderr)
+    return 1

@@ -1,0 +1,120 @@
+"""Which models there are, and how one is made from the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+MODELS = {
+    "clip": ("vlmfast.models.contrastive.clip", "CLIPModel"),
+    "declip": ("vlmfast.models.contrastive.declip", "DeCLIPModel"),
+    "lit": ("vlmfast.models.contrastive.lit", "LiTModel"),
+}
+"""By the model_type of their configs."""
+
+
+@dataclass
+class ModelArguments:
+    """The model: a pretrained checkpoint, a config file, pretrained towers, or small ones from a few numbers."""
+
+    model: str = field(default="clip", metadata={"help": "Which model.", "choices": list(MODELS)})
+    pretrained: str | None = field(default=None, metadata={"help": "Name or folder of a checkpoint to start from."})
+    config: str | None = field(default=None, metadata={"help": "A config.json, to train from scratch."})
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "Name or folder of a pretrained image model; LiT locks it."}
+    )
+    text_tower: str | None = field(
+        default=None, metadata={"help": "Name or folder of a pretrained text model; its tokenizer is the default one."}
+    )
+    image_size: int = field(
+        default=64, metadata={"help": "Side of the images, pixels; a pretrained vision transformer has its own."}
+    )
+    patch_size: int = field(default=8, metadata={"help": "Side of a patch, pixels."})
+    vision_width: int = field(default=192, metadata={"help": "Width of the vision transformer, a multiple of 64."})
+    vision_layers: int = field(default=4, metadata={"help": "Layers of the vision transformer."})
+    text_width: int = field(default=192, metadata={"help": "Width of the text transformer, a multiple of 64."})
+    text_layers: int = field(default=2, metadata={"help": "Layers of the text transformer."})
+    embed_dim: int = field(default=256, metadata={"help": "Dimension of the features that are compared."})
+
+
+def model_class(name: str) -> Any:
+    module, model = MODELS[name]
+    return getattr(import_module(module), model)
+
+
+def build_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
+    """The model that the arguments ask for, its text tower as large as the tokenizer's vocabulary or larger."""
+    model = _build(model_class(args.model), args, tokenizer, max_length)
+    vocabulary = model.config.text_config.vocab_size
+    if len(tokenizer) > vocabulary:
+        raise ValueError(f"--tokenizer has {len(tokenizer)} tokens, more than the {vocabulary} of the text tower")
+    return model
+
+
+def _build(cls: Any, args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
+    towers = args.vision_tower or args.text_tower
+    given = [f"--{name}" for name in ("pretrained", "config") if getattr(args, name)]
+    if len(given) > 1 or (given and towers):
+        others = "--vision-tower and --text-tower" if towers else given[1]
+        raise ValueError(f"{given[0]} and {others} exclude each other")
+    if args.pretrained:
+        return cls.from_pretrained(existing(args.pretrained))
+    if args.config:
+        return cls(cls.config_class.from_json_file(args.config))
+    if args.model == "lit" and not args.vision_tower:
+        raise ValueError("--model lit needs the --vision-tower that it locks, --config or --pretrained")
+    if tokenizer.eos_token_id is None and not args.text_tower:
+        raise ValueError(
+            f"--tokenizer {tokenizer.name_or_path} has no end-of-text token; pass --text-tower or --config"
+        )
+    names = ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers", "embed_dim")
+    small = cls.config_class.small(
+        vocab_size=len(tokenizer),
+        eos_token_id=0 if args.text_tower else tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_length=max_length,
+        **{name: getattr(args, name) for name in names},
+    )
+    if not towers:
+        return cls(small)
+    return cls.from_towers(
+        small.vision_config if args.vision_tower is None else existing(args.vision_tower),
+        small.text_config if args.text_tower is None else existing(args.text_tower),
+        # LiT's features are as wide as the tower that it locks.
+        **({} if args.model == "lit" else {"projection_dim": args.embed_dim}),
+    )
+
+
+def existing(checkpoint: str) -> str:
+    """What can only be a path is looked for here; owner/name may also be on a hub, where transformers looks."""
+    path = Path(checkpoint)
+    only_a_path = path.exists() or path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1
+    if only_a_path and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{checkpoint} is not the folder of a checkpoint: it has no config.json")
+    return checkpoint
+
+
+def model_type(checkpoint: str) -> str:
+    """The model_type of a checkpoint, one of MODELS.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    from transformers import PreTrainedConfig
+
+    found, _ = PreTrainedConfig.get_config_dict(existing(checkpoint))
+    name = found.get("model_type")
+    if name not in MODELS:
+        raise ValueError(f"{checkpoint}: expected a checkpoint of {', '.join(MODELS)}; got model_type {name!r}")
+    return str(name)
+
+
+def image_size(model: Any, otherwise: int | None) -> int:
+    """The vision tower's own image size; convolutional towers may have none in their config."""
+    size = getattr(model.config.vision_config, "image_size", None) or otherwise
+    if size is None:
+        raise ValueError("--image-size is needed: the vision_config of this checkpoint has no image_size")
+    return int(size)

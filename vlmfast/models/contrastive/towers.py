@@ -1,0 +1,87 @@
+"""Towers of transformers: made of a config, with OpenAI's initial weights where they are CLIP's, or loaded."""
+
+from os import fspath
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, CLIPVisionEmbeddings
+
+
+class OpenAIInit(transformers.CLIPPreTrainedModel):
+    """transformers' CLIP tower with OpenAI's initial weights, where the two differ."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # In custom code transformers passes over `_init_weights` of modules without parameters of their own: here,
+        # attention and MLPs.
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # biases, norms, MLPs, token and class embeddings agree
+        factor = self.config.initializer_factor or 1.0
+        if isinstance(module, CLIPAttention):
+            std = factor * module.embed_dim**-0.5
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.normal_(projection.weight, std=std)
+            init.normal_(module.out_proj.weight, std=std * (2 * module.config.num_hidden_layers) ** -0.5)
+        elif isinstance(module, CLIPTextEmbeddings):
+            init.normal_(module.position_embedding.weight, std=factor * 0.01)
+        elif isinstance(module, CLIPVisionEmbeddings):
+            init.kaiming_uniform_(module.patch_embedding.weight, a=5**0.5)  # torch's default for a convolution
+            init.normal_(module.position_embedding.weight, std=factor * module.embed_dim**-0.5)
+
+
+class CLIPVisionModel(OpenAIInit, transformers.CLIPVisionModel):
+    """transformers' CLIPVisionModel with OpenAI's initialisation."""
+
+    config: transformers.CLIPVisionConfig
+
+
+class CLIPTextModel(OpenAIInit, transformers.CLIPTextModel):
+    """transformers' CLIPTextModel with OpenAI's initialisation."""
+
+    config: transformers.CLIPTextConfig
+
+
+def new_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    if config.model_type == "clip_vision_model":
+        return CLIPVisionModel._from_config(config)
+    if config.model_type == "clip_text_model":
+        return CLIPTextModel._from_config(config)
+    if config.model_type == "siglip_text_model":
+        return transformers.SiglipTextModel._from_config(config)  # AutoModel knows Siglip's vision tower alone
+    return AutoModel.from_config(config)
+
+
+def tower_width(name: str, config: PreTrainedConfig) -> int:
+    found = getattr(config, "hidden_size", None) or getattr(config, "hidden_sizes", [None])[-1]
+    if found is None:
+        raise ValueError(f"{name}: expected a config with hidden_size or hidden_sizes, got {type(config).__name__}")
+    return found
+
+
+def load_tower(name: str, tower: Any) -> PreTrainedModel | PreTrainedConfig:
+    """What `CLIPModel.from_towers` takes as a model or config; name is "vision_model" or "text_model"."""
+    if isinstance(tower, PreTrainedModel | PreTrainedConfig):
+        return tower
+    model, report = AutoModel.from_pretrained(fspath(tower), output_loading_info=True)
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ValueError(f"{name}: expected a checkpoint of a {type(model).__name__}, {fspath(tower)} lacks {missing}")
+    part = getattr(model, name, None)
+    return part if isinstance(part, PreTrainedModel) and hasattr(model.config, "vision_config") else model
+
+
+def normalisation(vision: Any) -> dict[str, Any]:
+    """image_mean and image_std of the preprocessor_config.json beside a checkpoint, where there is one."""
+    try:
+        settings, _ = BaseImageProcessor.get_image_processor_dict(fspath(vision))
+    except OSError:
+        return {}
+    return {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
