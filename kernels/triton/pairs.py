@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from vlmfast.kernels.products import capability
 
 import triton
 import triton.language as tl
@@ -52,10 +53,7 @@ def config_for(capability: int, split: bool, max_block_n: int = 128) -> Config:
 
 
 def config(tensor: Tensor, split: bool, max_block_n: int = 128) -> Config:
-    if tensor.device.type != "cuda" or torch.version.hip:
-        return config_for(80, split, max_block_n)
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return config_for(major * 10 + minor, split, max_block_n)
+    return config_for(capability(tensor), split, max_block_n)
 
 
 def unsupported(image: Tensor, *args: Any) -> str | None:

@@ -8,18 +8,17 @@ The weight's gradient is summed over ranges of tokens that are added in a fixed 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from vlmfast.kernels.pairs import Config
+from vlmfast.kernels.products import DTYPES, capability, loaded, precision, rounded
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 MIN_SPLIT = 1024
 """Tokens, at least, that a program of the weight's gradient sums over."""
 PROGRAMS = 512
@@ -39,16 +38,6 @@ def config_for(capability: int, wide: bool) -> Config:
         num_warps=8,
         num_stages=2 if wide else 3,
     )
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float32 x as an operand of tl.dot; the interpreter cannot multiply bfloat16, and truncates to it."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -120,9 +109,7 @@ def tokens_kernel(
         )  # fmt: skip
         w_inside = (k < DIM)[:, None] & (cols < embed)[None, :]
         w = tl.load(weight + cols[None, :].to(tl.int64) * DIM + k[:, None], mask=w_inside, other=0.0)
-        if INTERPRETED and products == tl.bfloat16:
-            w = w.to(tl.float32)
-        sums = tl.dot(rounded(x, products), w, sums, input_precision=PRECISION)
+        sums = tl.dot(rounded(x, products), loaded(w), sums, input_precision=PRECISION)
     inside = (rows < total)[:, None] & (cols < embed)[None, :]
     if BIAS:
         sums += tl.load(bias + cols, mask=cols < embed, other=0.0).to(tl.float32)[None, :]
@@ -191,7 +178,7 @@ def forward(
     operand = weight.permute(0, 2, 3, 1) if packed else weight
     operand = operand.to(product_dtype).contiguous()
     place = (0, 0, 0) if position is None else position.expand(batch, -1, -1).stride()
-    precision, config = _how(pixels, product_dtype)
+    config = config_for(capability(pixels), product_dtype == torch.float32)
     programs = triton.cdiv(batch * taken, config.block_m) * triton.cdiv(embed, config.block_n)
     with torch.cuda.device_of(pixels):
         tokens_kernel[(programs,)](
@@ -200,7 +187,7 @@ def forward(
             batch * taken, taken, columns, *pixels.shape[2:], embed, count, *pixels.stride(), *place,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             **_meaning(pixels, weight, mean, keep, packed), BIAS=bias is not None, POSITION=position is not None,
-            PRECISION=precision, num_warps=config.num_warps, num_stages=config.num_stages,
+            PRECISION=precision(pixels), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if prefix is not None:
             first = prefix.float()
@@ -247,7 +234,7 @@ def _weight_grad(
     taken = grad.shape[1] - prefix_tokens
     total = grad.shape[0] * taken
     packed = _is_packed(pixels)
-    precision, config = _how(pixels, product_dtype)
+    config = config_for(capability(pixels), product_dtype == torch.float32)
     tiles = triton.cdiv(embed, config.block_m) * triton.cdiv(weight[0].numel(), config.block_n)
     splits = max(1, min(PROGRAMS // tiles, total // MIN_SPLIT))
     per_split = triton.cdiv(triton.cdiv(total, splits), config.block_k) * config.block_k
@@ -257,7 +244,7 @@ def _weight_grad(
         grad, pixels, _affine(pixels, mean, std), grad if keep is None else keep.contiguous(), partial,
         total, per_split, taken, _grid(pixels, weight)[1], *pixels.shape[2:], embed, prefix_tokens, *pixels.stride(),
         *grad.stride(), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        **_meaning(pixels, weight, mean, keep, packed), PRODUCTS=DTYPES[product_dtype], PRECISION=precision,
+        **_meaning(pixels, weight, mean, keep, packed), PRODUCTS=DTYPES[product_dtype], PRECISION=precision(pixels),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     total_grad = partial.sum(0)
@@ -274,9 +261,6 @@ def _token_grad(grad: Tensor, keep: Tensor | None, prefix_tokens: int, patches: 
     # Unlike index_add_, repeatable on accelerators.
     rows = grad[:, prefix_tokens:].float().flatten(0, 1)
     return total.index_put_((keep.flatten() + prefix_tokens,), rows, accumulate=True)
-
-
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _grid(pixels: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -314,15 +298,3 @@ def _affine_on(mean: tuple[float, ...], std: tuple[float, ...], bytes_: bool, de
     factor = [1 / (255 * s) if bytes_ else 1 / s for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     return torch.tensor([factor, shift], dtype=torch.float32, device=device)
-
-
-def _how(pixels: Tensor, product_dtype: torch.dtype) -> tuple[str, Config]:
-    """tl.dot's input_precision, and the tile. Float32 products are six of bfloat16, or one of TF32 where torch may."""
-    wide = product_dtype == torch.float32
-    if pixels.device.type != "cuda":
-        return "ieee", config_for(80, wide)
-    precision = "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    if torch.version.hip:
-        return precision, config_for(80, wide)
-    major, minor = torch.cuda.get_device_capability(pixels.device)
-    return precision, config_for(major * 10 + minor, wide)

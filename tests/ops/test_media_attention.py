@@ -150,6 +150,20 @@ def test_empty_rows_and_unseen_media(backend: str) -> None:
     assert torch.equal(valid, torch.arange(70)[None] >= 30)
 
 
+def test_triton_does_not_read_what_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Media and what lies beyond media_len: were they read, 0 times what is not a number would be none."""
+    use_backend(monkeypatch, IMPLS, "triton")
+    inputs = [t.float() for t in (*qkv(2, 2, 1, 130, 9 * 40, 32), heads(2, 2, 130, 32))]
+    intervals, lengths = last_media(2, 130, 4), torch.full((2, 9), 33)
+    options = {**intervals, "tokens_per_media": 40, "media_len": lengths}
+    expected = results(inputs, **options)
+    for t in inputs[1:3]:
+        t.unflatten(2, (9, 40))[:, :, 4:] = math.nan
+        t.unflatten(2, (9, 40))[:, :, :, 33:] = math.nan
+    for got, want in zip(results(inputs, **options), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_biases_that_leave_no_key(backend: str) -> None:
     inputs = tuple(t.float() for t in (*qkv(2, 2, 2, 70, 80, 32), heads(2, 2, 70, 32)))
     bias = torch.zeros(2, 80)
@@ -185,13 +199,27 @@ def test_rows_that_do_not_see_a_medium_do_not_change(backend: str) -> None:
     assert torch.equal(same, options["media_lo"] != 2)
 
 
-@settings(max_examples=15, deadline=None)
-@given(
+CASES = given(
     queries=st.integers(1, 140), number=st.integers(1, 6), tokens=st.integers(1, 70), group=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )  # fmt: skip
-@pytest.mark.parametrize("name", list(IMPLS))
+
+
+@settings(max_examples=15, deadline=None)
+@CASES
+@pytest.mark.parametrize("name", [name for name in IMPLS if name != "triton"])
 def test_properties(name: str, queries: int, number: int, tokens: int, group: int, seed: int) -> None:
+    check_properties(name, queries, number, tokens, group, seed)
+
+
+@settings(max_examples=3, deadline=None)
+@CASES
+def test_properties_of_triton(queries: int, number: int, tokens: int, group: int, seed: int) -> None:
+    """Fewer examples: the interpreter is slow."""
+    check_properties("triton", queries, number, tokens, group, seed)
+
+
+def check_properties(name: str, queries: int, number: int, tokens: int, group: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_backend(monkeypatch, IMPLS, name)
         torch.manual_seed(seed)

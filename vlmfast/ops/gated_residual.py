@@ -15,6 +15,7 @@ row_mask is (N,) bool or None.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from vlmfast.ops._dispatch import (
     define,
     never,
     no_second_derivative,
+    triton_unsupported,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,7 +142,16 @@ def _factor(gate: Tensor, row_mask: Tensor | None, tanh: bool) -> tuple[Tensor, 
     return factor, active if row_mask is None else active & row_mask[:, None]
 
 
+def _kernels() -> Any:
+    return import_module("vlmfast.kernels.gated_residual")
+
+
 IMPLS = {
+    "triton": Impl(
+        lambda *args: _kernels().forward(*args),
+        lambda *args: _kernels().backward(*args),
+        triton_unsupported("pairs"),
+    ),
     "cpu": Impl(
         lambda *args: core.gated_residual_forward(*args),
         lambda *args: core.gated_residual_backward(*args),

@@ -31,6 +31,7 @@ Gradients are deterministic. In memory the heads of out, dq, dk and dv lie side 
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from vlmfast.ops._dispatch import (
     define,
     never,
     no_second_derivative,
+    triton_unsupported,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -358,7 +360,16 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - torch.where(lse == -math.inf, 0, lse)[..., None])
 
 
+def _kernels() -> Any:
+    return import_module("vlmfast.kernels.media_attention")
+
+
 IMPLS = {
+    "triton": Impl(
+        lambda *args: _kernels().forward(*args),
+        lambda *args: _kernels().backward(*args),
+        triton_unsupported("media_attention"),
+    ),
     "cpu": Impl(
         lambda *args: core.media_attention_forward(*args),
         lambda *args: core.media_attention_backward(*args),

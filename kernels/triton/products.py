@@ -1,0 +1,47 @@
+"""Operands of tl.dot: their dtypes, their precision, and what the interpreter needs."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x as an operand of tl.dot; the interpreter cannot multiply bfloat16, and truncates to it."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def loaded(x):
+    """What was loaded, as an operand of tl.dot."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return x.to(tl.float32)
+    return x
+
+
+def precision(tensor: Tensor) -> str:
+    """tl.dot's input_precision: float32 products are six of bfloat16, or one of TF32 where torch may."""
+    if tensor.device.type != "cuda":
+        return "ieee"
+    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def capability(tensor: Tensor) -> int:
+    """Compute capability, major * 10 + minor, that configurations are chosen by; 80 where there is none."""
+    if tensor.device.type != "cuda" or torch.version.hip:
+        return 80
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return major * 10 + minor
