@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from vlmfast.kernels import pairs
-from vlmfast.kernels.products import capability, loaded, precision, rounded
+from vlmfast.kernels.products import capability, loaded, rounded
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-MAX_DIM = 128
-"""Of a head; tiles of wider ones would not fit beside their gradients."""
+MAX_DIM = {"half": 128, "tf32": 128, "ieee": 64}
+"""Of a head, by the kind of products: tiles of wider ones do not fit into the registers."""
 
 
 class Config(NamedTuple):
@@ -34,21 +34,38 @@ class Config(NamedTuple):
 
 
 @functools.cache
-def config_for(capability: int, wide: bool, dim: int, backward: bool = False) -> Config:
-    """A fixed choice by compute capability (major * 10 + minor), float32 or not, and the larger head dim.
+def config_for(capability: int, products: str, dim: int, backward: bool = False) -> Config:
+    """A fixed choice by compute capability (major * 10 + minor), kind of products, and the larger head dim.
 
     Chosen such that no kernel spills registers (tests/kernels/resources.json); their speed was not measured yet.
     """
-    large = dim > 64
-    if wide:
-        return Config(rows=64, keys=32 if large else 64, num_warps=8, num_stages=1)
-    return Config(rows=64 if backward or large else 128, keys=64, num_warps=8 if large else 4, num_stages=2)
+    asynchronous = capability in (90, 100)  # products that read shared memory: more registers are left
+    if products == "half":
+        if asynchronous or (dim > 32 and not backward):
+            return Config(128, 64, 8, 2)
+        return Config(64, 32, 4, 2) if backward else Config(128, 64, 4, 2)
+    if products == "tf32":
+        if backward:
+            return Config(32 if dim > 64 else 64, 32, 4, 1)
+        return Config(128, 64, 8, 1) if asynchronous else Config(64, 32, 4, 1)
+    if backward:
+        return Config(32, 32, 8 if dim > 32 else 4, 1)
+    return Config(32, 32, 4, 1) if dim > 32 else Config(64, 64, 8, 1)
+
+
+def products(q: Tensor) -> str:
+    """The kind of products: of 16 bits, or of float32 by TF32 where torch may, else in float32."""
+    if q.dtype != torch.float32:
+        return "half"
+    return "tf32" if q.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None:
     """Why the Triton kernels cannot run on these tensors."""
-    if max(q.shape[3], v.shape[3]) > MAX_DIM:
-        return f"heads are larger than {MAX_DIM}: {q.shape[3]} and {v.shape[3]}"
+    limit = MAX_DIM[products(q)] if q.device.type == "cuda" else max(MAX_DIM.values())
+    if max(q.shape[3], v.shape[3]) > limit:
+        reason = f"heads are larger than {limit}: {q.shape[3]} and {v.shape[3]}"
+        return reason + (", of float32 without TF32" if limit == MAX_DIM["ieee"] else "")
     return pairs.unsupported(q)
 
 
@@ -413,8 +430,8 @@ def _meaning(
     dims = {"DIM": q.shape[3], "V_DIM": v.shape[3]}
     widths = {name.replace("DIM", "WIDTH"): max(16, triton.next_power_of_2(dim)) for name, dim in dims.items()}
     flags = {"LENGTHS": media_len is not None, "BIAS": key_bias is not None, "EMPTY_ALL": empty_all}
-    return {**dims, **widths, **flags, "PRECISION": precision(q)}
+    return {**dims, **widths, **flags, "PRECISION": "tf32" if products(q) == "tf32" else "ieee"}
 
 
 def _config(q: Tensor, v: Tensor, backward: bool) -> Config:
-    return config_for(capability(q), q.dtype == torch.float32, max(q.shape[3], v.shape[3]), backward)
+    return config_for(capability(q), products(q), max(q.shape[3], v.shape[3]), backward)

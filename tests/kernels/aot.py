@@ -22,18 +22,21 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vlmfast.kernels import info_nce, pairs, patch_embed, sigmoid_loss
+from vlmfast.kernels import gated_residual, info_nce, media_attention, pairs, patch_embed, sigmoid_loss
 
 TABLE = Path(__file__).with_name("resources.json")
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 POINTERS = {
     "x_hi": "*fp16", "x_lo": "*fp16", "y_hi": "*fp16", "y_lo": "*fp16", "row_codes": "*i32", "col_codes": "*i32",
-    "keep": "*i64",
+    "keep": "*i64", "media_lo": "*i32", "media_hi": "*i32", "media_len": "*i32", "first": "*i32", "last": "*i32",
+    "tile_first": "*i32", "tile_last": "*i32", "row_mask": "*i1",
 }  # fmt: skip
 INTEGERS = (
     "n", "m", "dim", "label_offset", "first_row", "first_col", "chunk_cols",
     "total", "per_split", "taken", "columns", "height", "width", "embed", "prefix", "sb", "sc", "sh", "sw",
     "position_image", "position_token", "position_embed", "grad_image", "grad_token", "grad_embed",
+    "heads", "group", "length", "num_media", "tokens_per_media", "count", "per_program",
+    *(f"{name}_{axis}" for name in "goqkv" for axis in "bhl"), *(f"{name}_row" for name in "ghr"),
 )  # fmt: skip
 ALIGNED = (
     "dim",
@@ -46,6 +49,8 @@ ALIGNED = (
     "position_token",
     "grad_image",
     "grad_token",
+    *(f"{name}_{axis}" for name in "goqkv" for axis in "bhl"),
+    *(f"{name}_row" for name in "ghr"),
 )
 
 
@@ -73,7 +78,7 @@ def kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:
                 function, {**tile, "SPLIT": split, "GROUPS": groups, **knobs}, {"out": "*fp32" if split else "*fp16"}
             )
             found[name + (", float32" if split else "") + (", groups" if groups else "")] = (kernel, config)
-    return found | patch_embed_kernels(capability)
+    return found | patch_embed_kernels(capability) | media_attention_kernels(capability) | gated_residual_kernels()
 
 
 def patch_embed_kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:
@@ -97,6 +102,55 @@ def patch_embed_kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config
         ):
             title = f"patch_embed {name}, /{patch}, {precision if wide else products}"
             found[title] = (Kernel(function, {**constants, **more}, types), config)
+    return found
+
+
+def media_attention_kernels(capability: int) -> dict[str, tuple[Kernel, media_attention.Config]]:
+    """bfloat16, and float32 by TF32 or in float32, of head dims 32 to 128; with media_len, and at 64 all there is."""
+    found = {}
+    for products, dim in itertools.product(("half", "tf32", "ieee"), (32, 64, 128)):
+        if dim > media_attention.MAX_DIM[products]:
+            continue
+        constants = {
+            "DIM": dim, "WIDTH": dim, "V_DIM": dim, "V_WIDTH": dim, "LENGTHS": True, "BIAS": dim == 64,
+            "EMPTY_ALL": dim == 64, "PRECISION": "tf32" if products == "tf32" else "ieee",
+            **{f"{name}_d": 1 for name in "gqkvo"},
+        }  # fmt: skip
+        tensors = ("q", "k", "v", "out", "grad", "query_grad", "key_grad", "value_grad")
+        types = dict.fromkeys(tensors, "*bf16" if products == "half" else "*fp32") | {"scale": "fp32"}
+        for name, function, backward in (
+            ("forward", media_attention.forward_kernel, False),
+            ("query_grad", media_attention.query_grad_kernel, True),
+            ("key_grad", media_attention.key_grad_kernel, True),
+        ):
+            config = media_attention.config_for(capability, products, dim, backward)
+            known = {key: value for key, value in constants.items() if key in function.arg_names}
+            tile = {"ROWS": config.rows, "KEYS": config.keys}
+            found[f"media_attention {name}, {dim}, {products}"] = (Kernel(function, {**known, **tile}, types), config)
+    flags = {"INTERVALS": True, "LENGTHS": True, "EMPTY_ALL": True}
+    found["media_attention rows"] = (Kernel(media_attention.rows_kernel, {"ROWS": 128, **flags}), config)
+    dims = {"V_DIM": 128, "V_WIDTH": 128, "g_d": 1, "o_d": 1, "ROWS": 64}
+    found["media_attention delta"] = (
+        Kernel(media_attention.delta_kernel, dims, {"grad": "*bf16", "out": "*bf16"}), config,
+    )  # fmt: skip
+    return found
+
+
+def gated_residual_kernels() -> dict[str, tuple[Kernel, media_attention.Config]]:
+    """bfloat16 with float32 residuals, gates of both kinds, and a mask."""
+    found = {}
+    config = media_attention.Config(gated_residual.ROWS, gated_residual.COLUMNS, 4, 3)
+    for per_channel, mask in ((False, False), (True, True)):
+        constants = {"ROWS": config.rows, "COLUMNS": config.keys, "PER_CHANNEL": per_channel, "MASK": mask}
+        types = {"hidden": "*bf16", "hidden_grad": "*bf16"}
+        name = "per channel, masked" if mask else "scalar"
+        found[f"gated_residual forward, {name}"] = (
+            Kernel(gated_residual.forward_kernel, {**constants, "r_column": 1, "h_column": 1}, types), config,
+        )  # fmt: skip
+        more = {"g_column": 1, "h_column": 1, "HIDDEN_GRAD": True, "GATE_GRAD": True}
+        found[f"gated_residual backward, {name}"] = (
+            Kernel(gated_residual.backward_kernel, {**constants, **more}, types), config,
+        )  # fmt: skip
     return found
 
 

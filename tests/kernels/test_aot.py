@@ -64,6 +64,18 @@ def test_patch_embed_keeps_within_the_limits(capability: int) -> None:
         assert row["matrix"] == MATRIX.get(capability, "mma.sync"), name
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_media_attention_keeps_within_the_limits(capability: int) -> None:
+    rows = {name: row for name, row in TABLE[f"sm_{capability}"].items() if name.startswith(("media", "gated"))}
+    assert len(rows) == 30
+    for name, row in rows.items():
+        assert row["registers"] <= 255, name
+        assert (row["stack"], row["spills"]) == (0, 0), name
+        assert row["shared"] <= SHARED_LIMIT[capability], name
+        if "half" in name:  # float32 in float32 has no matrix instruction, and small tiles have the older one
+            assert row["matrix"] == MATRIX.get(capability, "mma.sync"), name
+
+
 def test_all_architectures_are_there() -> None:
     assert set(CAPABILITIES) == {80, 86, 89, 90, 100, 120}
 

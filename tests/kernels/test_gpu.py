@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from contrastive import pairs
+from media import any_media, last_media, qkv
 from numerics import loss_and_gradients
 from torch import Tensor
 
 import vlmfast
-from vlmfast.ops import info_nce, patch_embed, sigmoid_loss
+from vlmfast.ops import gated_residual, info_nce, media_attention, patch_embed, sigmoid_loss
+from vlmfast.ops.gated_residual import reference as gated_residual_reference
 from vlmfast.ops.info_nce import reference as info_nce_reference
+from vlmfast.ops.media_attention import reference as media_attention_reference
 from vlmfast.ops.patch_embed import reference as patch_embed_reference
 from vlmfast.ops.sigmoid_loss import reference as sigmoid_reference
 
@@ -81,10 +84,49 @@ def test_patch_embed(backend: str, patch: int, kept: int | None, layout: str, dt
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
+def check_op(op, reference, inputs: tuple[Tensor, ...], dtype: torch.dtype, **options) -> None:
+    """Output and gradients, and both again bit for bit."""
+    inputs = tuple(t.to(dtype).cuda() for t in inputs)
+
+    def results(function, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+        leaves = tuple(t.detach().requires_grad_() for t in leaves)
+        out = function(*leaves, **options)
+        cotangent = torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+        gradients = torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
+        return [t.double() for t in (out.detach(), *gradients)]
+
+    found, again = results(op, inputs), results(op, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    for k, (a, b) in enumerate(zip(found, results(reference, tuple(t.double() for t in inputs)), strict=True)):
+        assert (a - b).abs().max() <= TOLERANCE[dtype] * b.abs().max() + 1e-7, f"output {k}"
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("empty", ["zero", "all"])
+@pytest.mark.parametrize(("dim", "group", "tokens"), [(32, 1, 64), (64, 4, 37), (128, 2, 65), (96, 1, 64), (40, 2, 5)])
+def test_media_attention(backend: str, dim: int, group: int, tokens: int, empty: str, dtype: torch.dtype) -> None:
+    inputs = qkv(2, 4, 4 // group, 300, 5 * tokens, dim)
+    lengths = torch.randint(0, tokens + 1, (2, 5)).cuda()
+    for intervals in (last_media(2, 300, 5), any_media(2, 300, 5)):
+        on_gpu = {name: t.cuda() for name, t in intervals.items()}
+        options = {"tokens_per_media": tokens, "media_len": lengths, "empty": empty, **on_gpu}
+        check_op(media_attention, media_attention_reference, inputs, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("channels", [1, 588])
+def test_gated_residual(backend: str, channels: int, dtype: torch.dtype) -> None:
+    inputs = (torch.randn(2, 500, 588), torch.randn(2, 500, 588), torch.randn(channels))
+    mask = (torch.rand(2, 500) < 0.5).cuda()
+    check_op(gated_residual, gated_residual_reference, inputs, dtype, row_mask=mask)
+
+
 def test_triton_is_what_runs() -> None:
     x = torch.randn(8, 8, device="cuda")
     for op in ("info_nce", "patch_embed", "sigmoid_loss"):
         assert vlmfast.explain(op, x)["triton"] is None
+    assert vlmfast.explain("gated_residual", x, x, x)["triton"] is None
+    assert vlmfast.explain("media_attention", *[x.view(1, 1, 8, 8)] * 3)["triton"] is None
 
 
 @pytest.mark.parametrize("scale", [50.0, 400.0])
