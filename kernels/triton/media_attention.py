@@ -48,9 +48,7 @@ def config_for(capability: int, products: str, dim: int, backward: bool = False)
         if backward:
             return Config(32 if dim > 64 else 64, 32, 4, 1)
         return Config(128, 64, 8, 1) if asynchronous else Config(64, 32, 4, 1)
-    if backward:
-        return Config(32, 32, 8 if dim > 32 else 4, 1)
-    return Config(32, 32, 4, 1) if dim > 32 else Config(64, 64, 8, 1)
+    return Config(32, 32, 8 if backward and dim > 32 else 4, 1)
 
 
 def products(q: Tensor) -> str:
@@ -434,4 +432,6 @@ def _meaning(
 
 
 def _config(q: Tensor, v: Tensor, backward: bool) -> Config:
+    if q.device.type != "cuda":  # interpreted: fewer programs are faster, and both passes then round scores alike
+        return Config(64, 64, 4, 1)
     return config_for(capability(q), products(q), max(q.shape[3], v.shape[3]), backward)
