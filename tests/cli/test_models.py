@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -70,6 +71,24 @@ def test_declip_sees_two_views_of_each_pair(data: Path, tmp_path: Path) -> None:
     assert weights["bank.pushed"] == 3 * 2 * 8
     assert json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"] == len(load_tokenizer()) + 1
     assert evaluated(folder, data)["num_pairs"] == PAIRS
+
+
+@pytest.mark.parametrize("name", ["cloob", "align", "siglip"])
+def test_trains_resumes_and_is_evaluated(name: str, data: Path, tmp_path: Path) -> None:
+    """In chunks; stopped after the first checkpoint, the second run gives what the first would have given."""
+    options = [f"--model={name}", "--vision-layers=3", "--max-steps=6"]
+    whole = trained(command(data, tmp_path / "whole", *options))
+    assert set(logged(whole, 6)) == {1, 2, 3, 4, 5, 6}
+    part = tmp_path / "part"
+    part.mkdir()
+    (whole / "checkpoint-3").rename(part / "checkpoint-3")
+    shutil.copy(whole / "run.json", part)
+    resumed = trained(command(data, part, *options, "--resume"))
+    assert logged(resumed, 6) == logged(whole, 6)
+    weights = load_file(whole / "model.safetensors")
+    assert all(torch.equal(value, weights[key]) for key, value in load_file(resumed / "model.safetensors").items())
+    assert model_type(str(whole)) == name
+    assert evaluated(whole, data)["num_pairs"] == PAIRS
 
 
 def test_lit_locks_its_tower_and_reads_the_cache(data: Path, towers: list[str], tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from typing import Any
 
 MODELS = {
     "clip": ("vlmfast.models.contrastive.clip", "CLIPModel"),
+    "cloob": ("vlmfast.models.contrastive.cloob", "CLOOBModel"),
+    "align": ("vlmfast.models.contrastive.align", "ALIGNModel"),
     "declip": ("vlmfast.models.contrastive.declip", "DeCLIPModel"),
     "lit": ("vlmfast.models.contrastive.lit", "LiTModel"),
+    "siglip": ("vlmfast.models.contrastive.siglip", "SigLIPModel"),
 }
 """By the model_type of their configs."""
 
@@ -83,8 +86,8 @@ def _build(cls: Any, args: ModelArguments, tokenizer: Any, max_length: int) -> A
     return cls.from_towers(
         small.vision_config if args.vision_tower is None else existing(args.vision_tower),
         small.text_config if args.text_tower is None else existing(args.text_tower),
-        # LiT's features are as wide as the tower that it locks.
-        **({} if args.model == "lit" else {"projection_dim": args.embed_dim}),
+        # The others' features are as wide as the image tower.
+        **({"projection_dim": args.embed_dim} if args.model in ("clip", "cloob", "declip") else {}),
     )
 
 

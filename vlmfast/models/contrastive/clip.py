@@ -51,14 +51,13 @@ from typing_extensions import Self
 from vlmfast.distributed import rank_and_world_size
 from vlmfast.models.contrastive.towers import (
     CLIPTextModel,
-    CLIPVisionModel,
     load_tower,
     new_tower,
     normalisation,
+    read_bytes,
     tower_width,
 )
 from vlmfast.nn import ClipLoss
-from vlmfast.nn import transformers as stems
 
 
 @strict
@@ -183,6 +182,7 @@ class CLIPModel(PreTrainedModel):
     """
 
     config: CLIPConfig
+    output_class: type[Any] = CLIPOutput
     base_model_prefix = "clip"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
@@ -199,10 +199,7 @@ class CLIPModel(PreTrainedModel):
         self.text_model = new_tower(text_config)
         if isinstance(self.text_model, CLIPTextModel) and not isinstance(text_config.eos_token_id, int):
             raise ValueError(f"text_config: expected an integer eos_token_id, got {text_config.eos_token_id}")
-        if isinstance(self.vision_model, CLIPVisionModel):
-            self.vision_model.embeddings = stems.CLIPVisionEmbeddings.from_original(
-                self.vision_model.embeddings, mean=config.image_mean, std=config.image_std
-            )
+        self.reads_bytes = read_bytes(self.vision_model, config.image_mean, config.image_std)
         self.text_pools_first = type(text_config) in MODEL_FOR_MASKED_LM_MAPPING
         if self.text_pools_first:
             if getattr(text_config, "is_decoder", False) or text_config.is_encoder_decoder:
@@ -332,12 +329,12 @@ class CLIPModel(PreTrainedModel):
             raise ValueError(f"input_ids: expected {len(pixel_values)} texts, one per image, got {len(input_ids)}")
         image_features = self.get_image_features(pixel_values)
         text_features = self.get_text_features(input_ids, attention_mask, position_ids)
-        # Not the parameter: among the outputs, DDP with find_unused_parameters takes a parameter for an unused one.
-        logit_scale = self.logit_scale.clone()
-        loss = self.loss(image_features, text_features, logit_scale) if return_loss else None
-        return CLIPOutput(
-            loss=loss, image_features=image_features, text_features=text_features, logit_scale=logit_scale
-        )
+        features = {"image_features": image_features, "text_features": text_features, **self._scalars()}
+        return self.output_class(loss=self.loss(**features) if return_loss else None, **features)
+
+    def _scalars(self) -> dict[str, Tensor]:
+        """Of the loss. Not the parameters: among the outputs, DDP with find_unused_parameters takes one for unused."""
+        return {"logit_scale": self.logit_scale.clone()}
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
@@ -357,17 +354,17 @@ class CLIPModel(PreTrainedModel):
         expected = "uint8 (B, H, W, 3)" if is_bytes else "floating point (B, C, H, W)"
         if pixel_values.ndim != 4 or (is_bytes and pixel_values.shape[-1] != 3):
             raise ValueError(f"pixel_values: expected {expected}, got shape {tuple(pixel_values.shape)}")
-        if isinstance(self.vision_model, CLIPVisionModel):
+        if self.reads_bytes:
             side = self.config.vision_config.image_size
             size = tuple(pixel_values.shape[1:3] if is_bytes else pixel_values.shape[2:])
             if size != (side, side):
                 raise ValueError(f"pixel_values: expected {expected} of size {(side, side)}, got {size}")
-        if not is_bytes or isinstance(self.vision_model, CLIPVisionModel):
-            return pixel_values  # the CLIP tower's stem normalises while it reads
+        if not is_bytes or self.reads_bytes:
+            return pixel_values  # its stem normalises while it reads
         channels = zip(pixel_values.unbind(-1), self.config.image_mean, self.config.image_std, strict=True)
         normalised = torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-1)
         # Still NHWC in memory (channels_last), in which convolutions are fastest on CPUs and tensor cores.
-        return normalised.permute(0, 3, 1, 2).to(self.visual_projection.weight.dtype)
+        return normalised.permute(0, 3, 1, 2).to(self.vision_model.dtype)
 
     def _check_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         if input_ids.is_floating_point() or input_ids.dtype == torch.bool:

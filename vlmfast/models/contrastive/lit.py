@@ -109,16 +109,6 @@ class LiTConfig(CLIPConfig):
         return cls(vision_config=clip.vision_config, text_config=text)
 
 
-class _NoHead(nn.Identity):
-    """Stands for the head that images do not have; like a head's, `weight` has the dtype of the model."""
-
-    weight: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.empty(0), persistent=False)
-
-
 class LiTModel(CLIPModel):
     """A locked image tower, a text tower that learns to read it, and CLIP's loss; see the top of this file."""
 
@@ -132,7 +122,7 @@ class LiTModel(CLIPModel):
         if self.reads_class_token:
             self.vision_model.register_module("pooler", None)
         width = self.visual_projection.in_features
-        head = nn.Linear(width, config.projection_dim) if config.image_head else _NoHead()
+        head = nn.Linear(width, config.projection_dim) if config.image_head else nn.Identity()
         self.visual_projection = head  # type: ignore[assignment]
         self.text_projection = nn.Linear(self.text_projection.in_features, config.projection_dim)
         self._lock()
@@ -246,5 +236,6 @@ class LiTModel(CLIPModel):
         """Nothing: the paper does not clamp the temperature."""
 
     def _image_features(self, locked_features: Tensor) -> Tensor:
-        features = self.visual_projection(locked_features.to(self.visual_projection.weight.dtype))
-        return F.normalize(features.float() if self.config.image_head else locked_features.float(), dim=-1)
+        if self.config.image_head:
+            locked_features = self.visual_projection(locked_features.to(self.visual_projection.weight.dtype))
+        return F.normalize(locked_features.float(), dim=-1)

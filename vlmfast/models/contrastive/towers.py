@@ -1,5 +1,6 @@
 """Towers of transformers: made of a config, with OpenAI's initial weights where they are CLIP's, or loaded."""
 
+from collections.abc import Sequence
 from os import fspath
 from typing import Any
 
@@ -9,7 +10,10 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.align.modeling_align import round_filters
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, CLIPVisionEmbeddings
+
+from vlmfast.nn import transformers as stems
 
 
 class OpenAIInit(transformers.CLIPPreTrainedModel):
@@ -49,17 +53,41 @@ class CLIPTextModel(OpenAIInit, transformers.CLIPTextModel):
     config: transformers.CLIPTextConfig
 
 
+# AutoModel does not know the last three, and gives the first two other initial weights.
+TOWERS = {
+    "clip_vision_model": CLIPVisionModel,
+    "clip_text_model": CLIPTextModel,
+    "siglip_text_model": transformers.SiglipTextModel,
+    "align_vision_model": transformers.AlignVisionModel,
+    "align_text_model": transformers.AlignTextModel,
+}
+
+
 def new_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    if config.model_type == "clip_vision_model":
-        return CLIPVisionModel._from_config(config)
-    if config.model_type == "clip_text_model":
-        return CLIPTextModel._from_config(config)
-    if config.model_type == "siglip_text_model":
-        return transformers.SiglipTextModel._from_config(config)  # AutoModel knows Siglip's vision tower alone
+    if config.model_type in TOWERS:
+        return TOWERS[config.model_type]._from_config(config)
     return AutoModel.from_config(config)
 
 
+def read_bytes(tower: PreTrainedModel, mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Gives a CLIP or Siglip vision tower a stem that normalises uint8 pixels while it reads; False for others."""
+    if isinstance(tower, CLIPVisionModel):
+        tower.embeddings = stems.CLIPVisionEmbeddings.from_original(tower.embeddings, mean=mean, std=std)
+    elif isinstance(tower, transformers.SiglipVisionModel):
+        tower.embeddings = stems.SiglipVisionEmbeddings.from_original(tower.embeddings, mean=mean, std=std)
+    else:
+        return False
+    return True
+
+
 def tower_width(name: str, config: PreTrainedConfig) -> int:
+    """Of what one feature is read from."""
+    if config.model_type == "siglip_text_model":
+        return int(config.projection_size)
+    if config.model_type == "align_vision_model":
+        return int(round_filters(config, config.out_channels[-1]))
+    if config.model_type == "efficientnet":
+        return int(config.hidden_dim)
     found = getattr(config, "hidden_size", None) or getattr(config, "hidden_sizes", [None])[-1]
     if found is None:
         raise ValueError(f"{name}: expected a config with hidden_size or hidden_sizes, got {type(config).__name__}")

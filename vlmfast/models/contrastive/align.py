@@ -1,0 +1,240 @@
+"""ALIGN: Jia et al. 2021, "Scaling Up Visual and Vision-Language Representation Learning With Noisy Text Supervision"
+(2102.05918).
+
+Loss over the global batch of N, with x, t the unit-norm image and text features, in training with the one-hot targets
+smoothed by e = label_smoothing: 1 - e + e / N at the pair, e / N elsewhere::
+
+    logits = x @ t.T / temperature
+    (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
+
+Everything is trained. `temperature` is the divisor itself, not its logarithm, and starts at 1.
+
+An image's feature is the global mean of an EfficientNet's last stage, without the 1 x 1 convolution that classifiers
+have after it and without a layer of its own; a text's is BERT's [CLS] through a linear layer with bias to the image's
+width. Other towers are read as in `vlmfast.models.contrastive.clip`.
+
+Departures from the paper:
+
+- The mean of both directions, as transformers and CLIP have it; the paper's sum is twice that.
+- `temperature` is kept at 0.01 or above after every step: below 0 the loss is turned round, and nothing else stops it.
+
+Departures from transformers' AlignModel, whose checkpoints load:
+
+- It takes `batch_norm_momentum` 0.99, Keras' share of the old mean, for torch's share of the new one, so that running
+  statistics are those of the last batch; one of four norms has torch's default instead. Here all have 0.01. The same
+  holds for transformers' EfficientNet as a tower.
+- Its drop-connect drops single values; here whole samples of a block, as in EfficientNet.
+- It smoothes labels in evaluation too, and builds the (N, N) logits.
+- Its text tower has a pooler that nothing reads; here it is removed, since DDP stops at a parameter without gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.configuration_utils import SubConfigSpec
+
+from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
+from vlmfast.models.contrastive.gathered import Shards
+from vlmfast.models.contrastive.towers import tower_width
+
+MIN_TEMPERATURE = 0.01
+
+
+@strict
+class ALIGNConfig(CLIPConfig):
+    """transformers' AlignConfig with towers of any transformers type; each reads the other's of ALIGN towers.
+
+    Args:
+        vision_config, text_config: as CLIPConfig's; a dict without `model_type` is ALIGN's own tower.
+        projection_dim: size D of the shared space, the image tower's width, which None is.
+        temperature_init_value: initial value.
+        label_smoothing: in training.
+        image_mean, image_std: 0.5, pixels in [-1, 1].
+        Others as CLIPConfig, but logit_scale_init_value, which is not looked at.
+    Raises:
+        ValueError: projection_dim is not the image tower's width.
+    """
+
+    model_type = "align"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "vision_config": SubConfigSpec(AutoConfig, model_type="align_vision_model"),
+        "text_config": SubConfigSpec(AutoConfig, model_type="align_text_model"),
+    }
+
+    projection_dim: int | None = None  # type: ignore[assignment]
+    temperature_init_value: float | int = 1.0
+    label_smoothing: float | int = 0.1
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        width = tower_width("vision_config", self.vision_config)
+        if self.projection_dim is None:
+            self.projection_dim = width
+        if self.projection_dim != width:
+            raise ValueError(
+                f"projection_dim: expected the image tower's width {width}, as images have no layer of their own, "
+                f"got {self.projection_dim}"
+            )
+
+    @classmethod
+    def small(
+        cls,
+        *,
+        vocab_size: int,
+        eos_token_id: int,
+        bos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        image_size: int = 64,
+        vision_width: int = 192,
+        vision_layers: int = 4,
+        text_width: int = 192,
+        text_layers: int = 2,
+        max_length: int = 32,
+        patch_size: int | None = None,
+        embed_dim: int | None = None,
+    ) -> "ALIGNConfig":
+        """An EfficientNet of three stages, its last of `vision_width` channels at an eighth of the size, and a BERT.
+
+        `vision_layers` is the number of its blocks, at least 3. `patch_size` and `embed_dim` are accepted for the sake
+        of a common signature: it has no patches, and features are as wide as the image tower.
+
+        Raises:
+            ValueError: a width is not a multiple of 64, or there are fewer blocks than stages.
+        """
+        for name, width in {"vision_width": vision_width, "text_width": text_width}.items():
+            if width <= 0 or width % 64:
+                raise ValueError(f"{name}: expected a positive multiple of 64, got {width}")
+        if vision_layers < 3:
+            raise ValueError(f"vision_layers: expected at least 3, one for each stage, got {vision_layers}")
+        vision = transformers.AlignVisionConfig(
+            image_size=image_size,
+            width_coefficient=1.0,
+            depth_coefficient=1.0,
+            kernel_sizes=[3, 3, 5],
+            in_channels=[32, 16, vision_width // 4],
+            out_channels=[16, vision_width // 4, vision_width],
+            depthwise_padding=[],
+            strides=[1, 2, 2],
+            num_block_repeats=[1, (vision_layers - 1) // 2, vision_layers // 2],
+            expand_ratios=[1, 6, 6],
+        )
+        text = transformers.AlignTextConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=max_length,
+            hidden_size=text_width,
+            intermediate_size=4 * text_width,
+            num_hidden_layers=text_layers,
+            num_attention_heads=text_width // 64,
+            type_vocab_size=1,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+        return cls(vision_config=vision, text_config=text)
+
+
+@dataclass
+class ALIGNOutput(CLIPOutput):
+    """CLIPOutput's fields but logit_scale, which is None, and temperature (), the divisor."""
+
+    temperature: Tensor | None = None
+
+    def logits_per_image(self) -> Tensor:
+        """image_features @ text_features.T / temperature: (images, texts), built anew at each call."""
+        return self["image_features"] @ self["text_features"].T / self["temperature"]
+
+
+class ALIGNModel(CLIPModel):
+    """EfficientNet and BERT, and the smoothed contrastive loss; see the top of this file.
+
+    Parameters have the names of transformers' AlignModel.
+    """
+
+    config: ALIGNConfig
+    output_class = ALIGNOutput
+    base_model_prefix = "align"
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"text_model\.pooler\."]
+
+    def __init__(self, config: ALIGNConfig) -> None:
+        super().__init__(config)
+        assert config.projection_dim is not None
+        self.visual_projection = nn.Identity()  # type: ignore[assignment]
+        self.text_projection = nn.Linear(self.text_projection.in_features, config.projection_dim)
+        if isinstance(self.text_model, transformers.AlignTextModel):
+            self.text_pools_first = True
+            self.text_model.register_module("pooler", None)
+        del self.logit_scale
+        self.temperature = nn.Parameter(torch.tensor(float(config.temperature_init_value)))
+        correct_efficientnet(self.vision_model)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            if hasattr(self, "temperature"):
+                init.constant_(self.temperature, self.config.temperature_init_value)
+            return
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            init.zeros_(module.bias)
+
+    def loss(self, image_features: Tensor, text_features: Tensor, temperature: Tensor) -> Tensor:
+        """The contrastive loss over the global batch, with smoothed labels in training mode.
+
+        After DDP's mean, gradients are those of one process with the whole batch.
+
+        Args:
+            image_features, text_features (B, D): unit-norm, this process's part of the batch.
+            temperature (): the divisor.
+        """
+        shards = Shards("ALIGNModel", image_features, text_features)
+        scale = 1 / temperature.float()
+        smoothing = float(self.config.label_smoothing) if self.training else 0.0
+        directions = ((image_features, text_features), (text_features, image_features))
+        terms = [shards.info_nce(a, shards.gather(b), scale, label_smoothing=smoothing) for a, b in directions]
+        return torch.stack(terms).mean()
+
+    def _scalars(self) -> dict[str, Tensor]:
+        return {"temperature": self.temperature.clone()}
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> None:
+        """Keep `temperature` at 0.01 or above, in place."""
+        self.temperature.clamp_(min=MIN_TEMPERATURE)
+
+
+class DropConnect(nn.Module):
+    """In training each sample of x (B, ...) is 0 with the given probability, and else x / (1 - probability)."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.probability
+        return x * kept / (1 - self.probability)
+
+
+def correct_efficientnet(tower: PreTrainedModel) -> None:
+    """Batch norms' momentum and drop-connect of transformers' EfficientNets as they are meant; others are left alone.
+
+    Source: Tan and Le 2019 (1905.11946) and its code; Huang et al. 2016 (1603.09382) for what is dropped.
+    """
+    momentum = getattr(tower.config, "batch_norm_momentum", None)
+    if momentum is None:
+        return
+    for module in tower.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1 - momentum
+        if isinstance(getattr(module, "project_bn", None), nn.BatchNorm2d) and isinstance(module.dropout, nn.Dropout):
+            module.dropout = DropConnect(module.dropout.p)

@@ -1,0 +1,43 @@
+"""A process's own rows against the rows of all processes, for losses that `vlmfast.nn.ClipLoss` does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfast import distributed
+from vlmfast.ops import info_nce
+
+
+class Shards:
+    """The shards of one batch: how many rows each process has.
+
+    Args:
+        name: for messages.
+        features (n, D): this process's, several of n rows.
+    Raises:
+        ValueError: as `vlmfast.distributed.shard_sizes`.
+    """
+
+    def __init__(self, name: str, *features: Tensor) -> None:
+        rank, world_size = distributed.rank_and_world_size()
+        wanted = [torch.is_grad_enabled() and t.requires_grad for t in features]
+        self.sizes = (
+            [len(features[0])] if world_size == 1 else distributed.shard_sizes(name, *features, gradients=wanted)
+        )
+        self.offset = sum(self.sizes[:rank])
+        self.share = self.sizes[rank] * world_size / sum(self.sizes)
+
+    def gather(self, features: Tensor) -> Tensor:
+        """Every process's rows (N, D), with the gradient of all processes' losses."""
+        return features if len(self.sizes) == 1 else distributed.gather(features, self.sizes)
+
+    def info_nce(self, anchors: Tensor, samples: Tensor, scale: Tensor, **options: Any) -> Tensor:
+        """`vlmfast.ops.info_nce` in one direction, this process's anchors (n, D) against all samples (N, D).
+
+        Its mean over processes is the mean over all anchors, and so are gradients after DDP's mean.
+        """
+        loss = info_nce(anchors, samples, scale, label_offset=self.offset, bidirectional=False, **options)
+        return loss * self.share

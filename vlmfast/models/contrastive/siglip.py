@@ -1,0 +1,178 @@
+"""SigLIP: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training" (2303.15343).
+
+Loss, the only one, over the global batch, with x, t the unit-norm image and text features; z is 1 for pairs, else -1::
+
+    logits = exp(logit_scale) * x @ t.T + logit_bias
+    -log_sigmoid(z * logits).sum() / N
+
+Everything is trained. logit_scale starts at ln 10 and logit_bias at -10, so that the many negatives of the first steps
+weigh what they should; neither is clamped.
+
+The towers are Siglip's by default: the image is read by an attention pooling head, the text, padded to all positions of
+the tower, at its last position, padding or not, without a mask, and through a linear head. Here the padding is made in
+`get_text_features`, whatever length the texts come with. Other towers are read as in `vlmfast.models.contrastive.clip`
+and have a linear projection without bias.
+
+Departures from public implementations:
+
+- transformers' SiglipModel starts logit_scale and logit_bias at 0, builds the (N, N) logits, and reads the last
+  position of whatever it is given: texts padded to the longest of a batch get other features than in training.
+- open_clip's SigLIP configurations start and read as here.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+import transformers
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers import initialization as init
+from transformers.configuration_utils import SubConfigSpec
+
+from vlmfast.distributed import rank_and_world_size
+from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
+from vlmfast.models.contrastive.towers import tower_width
+from vlmfast.nn import SigLipLoss
+
+
+@strict
+class SigLIPConfig(CLIPConfig):
+    """transformers' SiglipConfig with towers of any transformers type; each reads the other's of Siglip towers.
+
+    Args:
+        vision_config, text_config: as CLIPConfig's; a dict without `model_type` is Siglip's own tower.
+        projection_dim: size D of the shared space; None is the image tower's width.
+        logit_scale_init_value, logit_bias_init_value: initial values.
+        image_mean, image_std: 0.5, as the released models have.
+        Others as CLIPConfig.
+    """
+
+    model_type = "siglip"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "vision_config": SubConfigSpec(AutoConfig, model_type="siglip_vision_model"),
+        "text_config": SubConfigSpec(AutoConfig, model_type="siglip_text_model"),
+    }
+
+    projection_dim: int | None = None  # type: ignore[assignment]
+    logit_scale_init_value: float | int = math.log(10)
+    logit_bias_init_value: float | int = -10.0
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.projection_dim is None:
+            self.projection_dim = tower_width("vision_config", self.vision_config)
+
+    @classmethod
+    def small(
+        cls,
+        *,
+        vocab_size: int,
+        eos_token_id: int,
+        bos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        embed_dim: int | None = None,
+        **sizes: int,
+    ) -> "SigLIPConfig":
+        """Siglip's towers from a few numbers, as CLIPConfig.small's; features are as wide as the image tower.
+
+        `embed_dim` is accepted for the sake of a common signature.
+        """
+        tokens = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id, "pad_token_id": pad_token_id}
+        clip = CLIPConfig.small(vocab_size=vocab_size, **tokens, **sizes)  # type: ignore[arg-type]
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        vision, text = clip.vision_config, clip.text_config
+        return cls(
+            vision_config=transformers.SiglipVisionConfig(
+                **{name: getattr(vision, name) for name in (*names, "image_size", "patch_size")}
+            ),
+            text_config=transformers.SiglipTextConfig(
+                **{name: getattr(text, name) for name in (*names, "vocab_size", "max_position_embeddings")},
+                projection_size=vision.hidden_size,
+                **tokens,
+            ),
+        )
+
+
+@dataclass
+class SigLIPOutput(CLIPOutput):
+    """CLIPOutput's fields, and logit_bias ()."""
+
+    logit_bias: Tensor | None = None
+
+    def logits_per_image(self) -> Tensor:
+        """(images, texts), built anew at each call."""
+        return super().logits_per_image() + self["logit_bias"]
+
+
+class SigLIPModel(CLIPModel):
+    """Image and text towers and the sigmoid loss; see the top of this file.
+
+    Parameters have the names and shapes of transformers' SiglipModel: each reads the other's checkpoints.
+    """
+
+    config: SigLIPConfig
+    output_class = SigLIPOutput
+    base_model_prefix = "siglip"
+
+    def __init__(self, config: SigLIPConfig) -> None:
+        super().__init__(config)
+        if isinstance(self.vision_model, transformers.SiglipVisionModel):
+            self.visual_projection = self._head(self.visual_projection)
+        if isinstance(self.text_model, transformers.SiglipTextModel):
+            self.text_projection = self._head(self.text_projection)
+        for name in ("logit_scale", "logit_bias"):
+            value = getattr(config, f"{name}_init_value")
+            setattr(self, name, nn.Parameter(torch.tensor([value], dtype=torch.float32)))
+        self.post_init()
+
+    def _head(self, projection: nn.Linear) -> Any:
+        """A Siglip tower needs none, unless its features are of another size."""
+        return nn.Identity() if projection.in_features == projection.out_features else projection
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and hasattr(self, "logit_bias"):
+            init.constant_(self.logit_bias, self.config.logit_bias_init_value)
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """As CLIPModel's; what is not text for the Siglip tower, by attention_mask or by length, is its padding."""
+        if not isinstance(self.text_model, transformers.SiglipTextModel):
+            return super().get_text_features(input_ids, attention_mask, position_ids)
+        self._check_text(input_ids, attention_mask)
+        text_config = self.config.text_config
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, text_config.pad_token_id)
+        missing = text_config.max_position_embeddings - input_ids.shape[1]
+        outputs = self.text_model(F.pad(input_ids, (0, missing), value=text_config.pad_token_id))
+        return F.normalize(self.text_projection(outputs.pooler_output).float(), dim=-1)
+
+    def loss(  # type: ignore[override]
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    ) -> Tensor:
+        """The sigmoid loss over the global batch.
+
+        After DDP's mean, gradients are those of one process with the whole batch.
+
+        Args:
+            image_features, text_features (B, D): unit-norm, this process's part of the batch.
+            logit_scale (): the log-parameter.
+            logit_bias ().
+        """
+        rank, world_size = rank_and_world_size()
+        loss = SigLipLoss(rank=rank, world_size=world_size)
+        return loss(image_features, text_features, logit_scale.float().exp(), logit_bias.float())
+
+    def _scalars(self) -> dict[str, Tensor]:
+        return {"logit_scale": self.logit_scale.squeeze(0), "logit_bias": self.logit_bias.squeeze(0)}
+
+    def after_optimizer_step(self) -> None:
+        """Nothing: the paper clamps neither."""
