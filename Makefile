@@ -1,10 +1,10 @@
-# make install | lint | test | demo. Everything is made in .venv inside this checkout.
+# make install | lint | test | demo | docs. Everything is made in .venv inside this checkout.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install lint test demo clean
+.PHONY: install lint test demo docs clean
 
 install: $(VENV)/installed
 
@@ -28,6 +28,9 @@ test: lint
 
 demo: install
 	$(BIN)/python examples/demo.py
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info vlmfast/_C*.so
