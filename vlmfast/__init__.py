@@ -3,10 +3,11 @@
 import sys
 
 from vlmfast import ops
+from vlmfast.integrations import PatchReport, patch, unpatch
 from vlmfast.ops import _dispatch
 
 __version__ = "0.1.0"
-__all__ = ["explain", "ops"]
+__all__ = ["PatchReport", "explain", "ops", "patch", "unpatch"]
 
 
 def explain(op: str, *args: object) -> dict[str, str | None]:

@@ -104,7 +104,9 @@ class ALIGNConfig(CLIPConfig):
         """An EfficientNet of three stages, its last of `vision_width` channels at an eighth of the size, and a BERT.
 
         `vision_layers` is the number of its blocks, at least 3. `patch_size` and `embed_dim` are accepted for the sake
-        of a common signature: it has no patches, and features are as wide as the image tower.
+        of a common signature: it has no patches, and features are as wide as the image tower. Small models are trained
+        for few steps, in which a temperature of 1 does not come down and statistics with a memory of 100 steps do not
+        settle: here they are 0.07 and 10 steps.
 
         Raises:
             ValueError: a width is not a multiple of 64, or there are fewer blocks than stages.
@@ -125,6 +127,7 @@ class ALIGNConfig(CLIPConfig):
             strides=[1, 2, 2],
             num_block_repeats=[1, (vision_layers - 1) // 2, vision_layers // 2],
             expand_ratios=[1, 6, 6],
+            batch_norm_momentum=0.9,
         )
         text = transformers.AlignTextConfig(
             vocab_size=vocab_size,
@@ -138,7 +141,7 @@ class ALIGNConfig(CLIPConfig):
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
         )
-        return cls(vision_config=vision, text_config=text)
+        return cls(vision_config=vision, text_config=text, temperature_init_value=0.07)
 
 
 @dataclass

@@ -1,0 +1,218 @@
+"""What can take the place of what: one table per library, imported only for models that have parts of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("patch_embed", "cross_attention", "loss")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Attributes:
+    kind: one of KINDS.
+    original: the very class that is replaced; subclasses are left alone.
+    replace: an instance to what takes its place, a module, or for a loss its new forward. A ValueError or TypeError
+        says why it cannot be.
+    """
+
+    kind: str
+    original: type[nn.Module]
+    replace: Callable[[Any], Any]
+
+
+def rules_for(model: nn.Module) -> Iterator[Rule]:
+    """The rules of the libraries that classes in the model come from."""
+    libraries = {type(module).__module__.split(".")[0] for module in model.modules()}
+    for library, rules in LIBRARIES.items():
+        if library in libraries:
+            yield from rules()
+
+
+def _transformers() -> Iterator[Rule]:
+    stems = import_module("vlmfast.nn.transformers")
+    for name in (
+        "CLIPVisionEmbeddings", "SiglipVisionEmbeddings", "Siglip2VisionEmbeddings", "ViTPatchEmbeddings",
+        "ViTEmbeddings", "FlavaImageEmbeddings", "Qwen2VLPatchEmbed",
+    ):  # fmt: skip
+        stem = getattr(stems, name)
+        yield Rule("patch_embed", stem._replaces(), stem.from_original)
+    yield _left("patch_embed", "transformers.models.bridgetower.modeling_bridgetower", "BridgeTowerVisionEmbeddings")
+    cross = import_module("vlmfast.nn.transformers_cross_attention")
+    for name, options in (
+        ("IdeficsGatedCrossAttentionLayer", {}),
+        ("MllamaCrossAttentionDecoderLayer", {"empty": "all"}),  # what the original computes
+    ):
+        layer = getattr(cross, name)
+        yield Rule("cross_attention", layer.__bases__[0], _with_options(layer.from_module, options))
+    for module, name, loss in (
+        ("clip", "CLIPModel", _info_nce),
+        ("vision_text_dual_encoder", "VisionTextDualEncoderModel", _info_nce),
+        ("align", "AlignModel", _align),
+        ("siglip", "SiglipModel", _sigmoid),
+        ("siglip2", "Siglip2Model", _sigmoid),
+    ):
+        original = getattr(import_module(f"transformers.models.{module}.modeling_{module}"), name)
+        yield Rule("loss", original, _loss_rule(loss))
+
+
+def _open_clip() -> Iterator[Rule]:
+    stem = import_module("vlmfast.nn.open_clip").VisionTransformer
+
+    def replace(visual: Any) -> nn.Module:
+        mean, std = getattr(visual, "image_mean", None), getattr(visual, "image_std", None)
+        given = mean is not None and std is not None
+        return stem.from_original(visual, mean=mean, std=std) if given else stem.from_original(visual)
+
+    yield Rule("patch_embed", stem._replaces(), replace)
+    losses, ours = import_module("open_clip.loss"), import_module("vlmfast.nn")
+
+    def clip_loss(loss: Any) -> Any:
+        if loss.use_horovod:
+            raise ValueError("it uses horovod")
+        options = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
+        return ours.ClipLoss(**{name: getattr(loss, name) for name in options}).forward
+
+    def siglip_loss(loss: Any) -> Any:
+        return ours.SigLipLoss(loss.cache_labels, loss.rank, loss.world_size, loss.dist_impl).forward
+
+    yield Rule("loss", losses.ClipLoss, clip_loss)
+    yield Rule("loss", losses.SigLipLoss, siglip_loss)
+
+
+def _timm() -> Iterator[Rule]:
+    stem = import_module("vlmfast.nn").PatchEmbed
+    yield Rule("patch_embed", stem._replaces(), stem.from_original)
+    yield _left("patch_embed", "timm.models.naflexvit", "NaFlexEmbeds")
+
+
+def _flamingo(module_name: str) -> Callable[[], Iterator[Rule]]:
+    def rules() -> Iterator[Rule]:
+        ours, module = import_module("vlmfast.nn"), import_module(module_name)
+
+        def block(original: Any) -> nn.Module:
+            uniform = not original.attn.only_attend_immediate_media
+            options = {"before_media": "uniform"} if uniform else {}
+            replaced: nn.Module = ours.GatedCrossAttentionBlock.from_module(original, **options)
+            return replaced
+
+        yield Rule("cross_attention", module.GatedCrossAttentionBlock, block)
+        yield Rule("cross_attention", module.PerceiverResampler, ours.PerceiverResampler.from_module)
+
+    return rules
+
+
+LIBRARIES: dict[str, Callable[[], Iterator[Rule]]] = {
+    "transformers": _transformers,
+    "open_clip": _open_clip,
+    "timm": _timm,
+    "flamingo_pytorch": _flamingo("flamingo_pytorch.flamingo_pytorch"),
+    "open_flamingo": _flamingo("open_flamingo.src.helpers"),
+}
+
+
+def _with_options(make: Callable[..., Any], options: dict[str, Any]) -> Callable[[Any], Any]:
+    return lambda original: make(original, **options)
+
+
+def _left(kind: str, module: str, name: str) -> Rule:
+    """A part that people may expect to be replaced, and is not."""
+
+    def refuse(original: Any) -> Any:
+        raise ValueError("there is no replacement for it yet")
+
+    return Rule(kind, getattr(import_module(module), name), refuse)
+
+
+Loss = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def _info_nce(model: Any, image: Tensor, text: Tensor) -> Tensor:
+    from vlmfast.ops import info_nce
+
+    return info_nce(image, text, model.logit_scale.float().exp())
+
+
+def _align(model: Any, image: Tensor, text: Tensor) -> Tensor:
+    """transformers smooths labels by 0.1 in training and in evaluation."""
+    from vlmfast.ops import info_nce
+
+    return info_nce(image, text, 1 / model.temperature.float(), label_smoothing=0.1)
+
+
+def _sigmoid(model: Any, image: Tensor, text: Tensor) -> Tensor:
+    from vlmfast.ops import sigmoid_loss
+
+    scale, bias = (t.float().reshape(()) for t in (model.logit_scale, model.logit_bias))
+    return sigmoid_loss(image, text, scale.exp(), bias)
+
+
+def _loss_rule(loss: Loss) -> Callable[[Any], Callable[..., Any]]:
+    def replace(model: Any) -> Callable[..., Any]:
+        return _WithoutLogits(model, loss)
+
+    return replace
+
+
+class _WithoutLogits:
+    """The forward of one of transformers' two-tower models; with return_loss=True it does not build (N, N) logits.
+
+    The output is then the original's class with loss, image_embeds, text_embeds and the towers' outputs, and None for
+    both logits. Anything else, return_dict=False too, is the original's forward.
+    """
+
+    def __init__(self, model: Any, loss: Loss) -> None:
+        self.model, self.loss = model, loss
+        self.signature = inspect.signature(type(model).forward)
+        methods = {side: getattr(model, f"get_{side}_features") for side in ("image", "text")}
+        self.explicit = {side: set(inspect.signature(method).parameters) for side, method in methods.items()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        given = dict(self.signature.bind(model, *args, **kwargs).arguments)
+        given.update(given.pop("kwargs", {}))
+        given.pop("self", None)
+        wanted = given.pop("return_loss", None)
+        as_dict = given.pop("return_dict", None)
+        if not wanted or as_dict is False or not model.config.return_dict:
+            return type(model).forward(model, *args, **kwargs)
+        own = {"image": {"pixel_values"}, "text": {"input_ids"}}
+        outputs = {}
+        for side, other in (("image", "text"), ("text", "image")):
+            mine = self.explicit[side] - own[other]
+            shared = {name for name in given if name not in self.explicit[side] | self.explicit[other]}
+            passed = {name: value for name, value in given.items() if name in mine | shared}
+            outputs[side] = getattr(model, f"get_{side}_features")(**passed)
+        image, text = (_unit(outputs[side]) for side in ("image", "text"))
+        return _output_class(model)(
+            loss=self.loss(model, image, text),
+            image_embeds=image,
+            text_embeds=text,
+            vision_model_output=_model_output(outputs["image"]),
+            text_model_output=_model_output(outputs["text"]),
+        )
+
+
+def _unit(output: Any) -> Tensor:
+    """Features as transformers normalises them."""
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return features / torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+
+
+def _model_output(output: Any) -> Any:
+    return None if isinstance(output, Tensor) else output
+
+
+def _output_class(model: Any) -> Any:
+    module = inspect.getmodule(type(model))
+    name = {"VisionTextDualEncoderModel": "CLIPOutput"}.get(
+        type(model).__name__, type(model).__name__.replace("Model", "Output")
+    )
+    return getattr(module, name)
