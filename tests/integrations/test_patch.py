@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,16 @@ def test_no_logits_are_built_with_the_loss_and_all_without() -> None:
     assert len(model(**inputs, return_dict=False)) > 2
     positional = model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], None, True)
     torch.testing.assert_close(positional.loss, with_loss.loss)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "dual_encoder", "align"])
+def test_the_signature_is_the_originals(name: str) -> None:
+    """transformers' Trainer drops the columns of a dataset that forward has no argument for."""
+    model, _ = MODELS[name][0]()
+    expected = inspect.signature(model.forward)
+    vlmfast.patch(model)
+    assert inspect.signature(model.forward) == expected
+    assert "pixel_values" in expected.parameters
 
 
 def test_only_what_is_asked_for() -> None:

@@ -171,6 +171,9 @@ class _WithoutLogits:
     def __init__(self, model: Any, loss: Loss) -> None:
         self.model, self.loss = model, loss
         self.signature = inspect.signature(type(model).forward)
+        # transformers' Trainer chooses a dataset's columns by the forward's argument names.
+        own = list(self.signature.parameters.values())[1:]
+        self.__signature__ = self.signature.replace(parameters=own)
         methods = {side: getattr(model, f"get_{side}_features") for side in ("image", "text")}
         self.explicit = {side: set(inspect.signature(method).parameters) for side, method in methods.items()}
 
