@@ -51,8 +51,7 @@ def run(name: str, folder: Path, options: list[str]) -> dict[str, float]:
     )
     minutes = (time.perf_counter() - start) / 60
     scores = output / "scores.json"
-    image_size = ["--image-size=48"] if name == "align" else []
-    vlmfast("eval", f"--checkpoint={output}", f"--data={PAIRS}/val-*.tar", f"--output={scores}", *image_size)
+    vlmfast("eval", f"--checkpoint={output}", f"--data={PAIRS}/val-*.tar", f"--output={scores}")
     found = json.loads(scores.read_text())
     recall = {
         f"{side.replace('_', ' ')} {k}": 100 * found[side][k]

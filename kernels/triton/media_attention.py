@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vlmfast.kernels import pairs
-from vlmfast.kernels.products import capability, loaded, rounded
+from vlmfast.kernels.products import capability, loaded, precision, rounded
+from vlmfast.kernels.products import unsupported as device_unsupported
 
 import triton
 import triton.language as tl
@@ -55,7 +55,7 @@ def products(q: Tensor) -> str:
     """The kind of products: of 16 bits, or of float32 by TF32 where torch may, else in float32."""
     if q.dtype != torch.float32:
         return "half"
-    return "tf32" if q.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if precision(q) == "tf32" else "ieee"
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None:
@@ -64,7 +64,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None:
     if max(q.shape[3], v.shape[3]) > limit:
         reason = f"heads are larger than {limit}: {q.shape[3]} and {v.shape[3]}"
         return reason + (", of float32 without TF32" if limit == MAX_DIM["ieee"] else "")
-    return pairs.unsupported(q)
+    return device_unsupported(q)
 
 
 @triton.jit
@@ -101,9 +101,18 @@ def rows_kernel(
 
 
 @triton.jit
-def matrix(
-    pointer, rows, row_stride, dim_stride, inside, DIM: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def rows_of(tile, sample, length, first, last, ROWS: tl.constexpr):
+    """The rows of a tile: which are there, their place in (B, Lq), and the keys that they see."""
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    inside = rows < length
+    place = sample.to(tl.int64) * length + rows
+    row_first = tl.load(first + place, mask=inside, other=0)
+    row_last = tl.load(last + place, mask=inside, other=0)
+    return rows, inside, place, row_first, row_last
+
+
+@triton.jit
+def matrix(pointer, rows, row_stride, dim_stride, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Rows of a matrix (rows, DIM) as an operand (rows, WIDTH); 0 outside."""
     d = tl.arange(0, WIDTH)
     mask = inside[:, None]
@@ -159,11 +168,7 @@ def forward_kernel(
 ):  # fmt: skip
     """out (B, Lq, H, dv) and lse (B, H, Lq) of one tile of rows of one head."""
     tile, head, sample = tl.program_id(0), tl.program_id(1) % heads, tl.program_id(1) // heads
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    inside = rows < length
-    place = sample.to(tl.int64) * length + rows
-    row_first = tl.load(first + place, mask=inside, other=0)
-    row_last = tl.load(last + place, mask=inside, other=0)
+    rows, inside, place, row_first, row_last = rows_of(tile, sample, length, first, last, ROWS)
     queries = matrix(q + sample.to(tl.int64) * q_b + head.to(tl.int64) * q_h, rows, q_l, q_d, inside, DIM, WIDTH)
     k += sample.to(tl.int64) * k_b + (head // group).to(tl.int64) * k_h
     v += sample.to(tl.int64) * v_b + (head // group).to(tl.int64) * v_h
@@ -207,6 +212,13 @@ def row_state(lse, delta, at, inside):
 
 
 @triton.jit
+def slopes(weights, dot, grads, values, PRECISION: tl.constexpr):
+    """dS / scale where P is not 0, else 0, whatever the values there are."""
+    slope = tl.dot(grads, tl.trans(values), input_precision=PRECISION) - dot[:, None]
+    return tl.where(weights == 0, 0.0, weights * slope)
+
+
+@triton.jit
 def delta_kernel(
     grad, out, delta, heads, length, g_b, g_h, g_l, g_d, o_b, o_h, o_l, o_d,
     ROWS: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
@@ -233,16 +245,12 @@ def query_grad_kernel(
 ):  # fmt: skip
     """query_grad (B, Lq, H, dh) of one tile of rows of one head."""
     tile, head, sample = tl.program_id(0), tl.program_id(1) % heads, tl.program_id(1) // heads
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    inside = rows < length
-    place = sample.to(tl.int64) * length + rows
-    row_first = tl.load(first + place, mask=inside, other=0)
-    row_last = tl.load(last + place, mask=inside, other=0)
+    rows, inside, place, row_first, row_last = rows_of(tile, sample, length, first, last, ROWS)
     queries = matrix(q + sample.to(tl.int64) * q_b + head.to(tl.int64) * q_h, rows, q_l, q_d, inside, DIM, WIDTH)
     grads = matrix(grad + sample.to(tl.int64) * g_b + head.to(tl.int64) * g_h, rows, g_l, g_d, inside, V_DIM, V_WIDTH)
     k += sample.to(tl.int64) * k_b + (head // group).to(tl.int64) * k_h
     v += sample.to(tl.int64) * v_b + (head // group).to(tl.int64) * v_h
-    shift, dot = row_state(lse, delta, tl.program_id(1).to(tl.int64) * length + rows, inside)
+    log, dot = row_state(lse, delta, tl.program_id(1).to(tl.int64) * length + rows, inside)
     found = tl.zeros((ROWS, WIDTH), tl.float32)
     hull = sample * tl.num_programs(0) + tile
     stop = tl.load(tile_last + hull)
@@ -254,9 +262,8 @@ def query_grad_kernel(
         keys_matrix = matrix(k, keys, k_l, k_d, taken, DIM, WIDTH)
         x = scores(queries, keys_matrix, keys, row_first, row_last, valid, bias, scale, BIAS, EMPTY_ALL, PRECISION)
         values = matrix(v, keys, v_l, v_d, taken, V_DIM, V_WIDTH)
-        weights = tl.exp2((x - shift[:, None]) * LOG2E)
-        slope = tl.dot(grads, tl.trans(values), input_precision=PRECISION) - dot[:, None]
-        slope = tl.where(weights == 0, 0.0, weights * slope)
+        weights = tl.exp2((x - log[:, None]) * LOG2E)
+        slope = slopes(weights, dot, grads, values, PRECISION)
         found = tl.dot(rounded(slope, k.dtype.element_ty), keys_matrix, found, input_precision=PRECISION)
     d = tl.arange(0, WIDTH)
     stored: tl.constexpr = query_grad.dtype.element_ty
@@ -290,22 +297,17 @@ def key_grad_kernel(
         tile, query_head = step % tiles, head * group + step // tiles
         hull = sample * tiles + tile
         if (tl.load(tile_first + hull) < start + KEYS) & (tl.load(tile_last + hull) > start):
-            rows = tile * ROWS + tl.arange(0, ROWS)
-            inside = rows < length
-            place = sample.to(tl.int64) * length + rows
-            row_first = tl.load(first + place, mask=inside, other=0)
-            row_last = tl.load(last + place, mask=inside, other=0)
+            rows, inside, _, row_first, row_last = rows_of(tile, sample, length, first, last, ROWS)
             of_head = sample.to(tl.int64) * heads + query_head
-            shift, dot = row_state(lse, delta, of_head * length + rows, inside)
+            log, dot = row_state(lse, delta, of_head * length + rows, inside)
             of_q = q + sample.to(tl.int64) * q_b + query_head.to(tl.int64) * q_h
             of_grad = grad + sample.to(tl.int64) * g_b + query_head.to(tl.int64) * g_h
             queries = matrix(of_q, rows, q_l, q_d, inside, DIM, WIDTH)
             grads = matrix(of_grad, rows, g_l, g_d, inside, V_DIM, V_WIDTH)
             x = scores(queries, keys_matrix, keys, row_first, row_last, valid, bias, scale, BIAS, EMPTY_ALL, PRECISION)
-            weights = tl.exp2((x - shift[:, None]) * LOG2E)
+            weights = tl.exp2((x - log[:, None]) * LOG2E)
             found_v = tl.dot(rounded(tl.trans(weights), v.dtype.element_ty), grads, found_v, input_precision=PRECISION)
-            slope = tl.dot(grads, tl.trans(values), input_precision=PRECISION) - dot[:, None]
-            slope = tl.where(weights == 0, 0.0, weights * slope)
+            slope = slopes(weights, dot, grads, values, PRECISION)
             found_k = tl.dot(rounded(tl.trans(slope), k.dtype.element_ty), queries, found_k, input_precision=PRECISION)
     stored: tl.constexpr = key_grad.dtype.element_ty
     place = (sample.to(tl.int64) * total + keys) * kv_heads + head

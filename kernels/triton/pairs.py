@@ -8,8 +8,7 @@ accuracy.
 from __future__ import annotations
 
 import functools
-import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,17 +53,6 @@ def config_for(capability: int, split: bool, max_block_n: int = 128) -> Config:
 
 def config(tensor: Tensor, split: bool, max_block_n: int = 128) -> Config:
     return config_for(capability(tensor), split, max_block_n)
-
-
-def unsupported(image: Tensor, *args: Any) -> str | None:
-    """Why the Triton kernels cannot run on these features."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if image.device.type != "cuda":
-        return f"the tensors are on {image.device.type}"
-    if not torch.version.hip and torch.cuda.get_device_capability(image.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    return None
 
 
 def wants_float32(features: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,3 +46,14 @@ def capability(tensor: Tensor) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return major * 10 + minor
+
+
+def unsupported(tensor: Tensor, *args: Any) -> str | None:
+    """Why the Triton kernels cannot run on a tensor's device."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if tensor.device.type != "cuda":
+        return f"the tensors are on {tensor.device.type}"
+    if not torch.version.hip and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -51,7 +52,7 @@ def _transformers() -> Iterator[Rule]:
         ("MllamaCrossAttentionDecoderLayer", {"empty": "all"}),  # what the original computes
     ):
         layer = getattr(cross, name)
-        yield Rule("cross_attention", layer.__bases__[0], _with_options(layer.from_module, options))
+        yield Rule("cross_attention", layer.__bases__[0], partial(layer.from_module, **options))
     for module, name, loss in (
         ("clip", "CLIPModel", _info_nce),
         ("vision_text_dual_encoder", "VisionTextDualEncoderModel", _info_nce),
@@ -60,7 +61,7 @@ def _transformers() -> Iterator[Rule]:
         ("siglip2", "Siglip2Model", _sigmoid),
     ):
         original = getattr(import_module(f"transformers.models.{module}.modeling_{module}"), name)
-        yield Rule("loss", original, _loss_rule(loss))
+        yield Rule("loss", original, partial(_WithoutLogits, loss=loss))
 
 
 def _open_clip() -> Iterator[Rule]:
@@ -118,10 +119,6 @@ LIBRARIES: dict[str, Callable[[], Iterator[Rule]]] = {
 }
 
 
-def _with_options(make: Callable[..., Any], options: dict[str, Any]) -> Callable[[Any], Any]:
-    return lambda original: make(original, **options)
-
-
 def _left(kind: str, module: str, name: str) -> Rule:
     """A part that people may expect to be replaced, and is not."""
 
@@ -154,13 +151,6 @@ def _sigmoid(model: Any, image: Tensor, text: Tensor) -> Tensor:
     return sigmoid_loss(image, text, scale.exp(), bias)
 
 
-def _loss_rule(loss: Loss) -> Callable[[Any], Callable[..., Any]]:
-    def replace(model: Any) -> Callable[..., Any]:
-        return _WithoutLogits(model, loss)
-
-    return replace
-
-
 class _WithoutLogits:
     """The forward of one of transformers' two-tower models; with return_loss=True it does not build (N, N) logits.
 
@@ -170,29 +160,25 @@ class _WithoutLogits:
 
     def __init__(self, model: Any, loss: Loss) -> None:
         self.model, self.loss = model, loss
-        self.signature = inspect.signature(type(model).forward)
+        signature = inspect.signature(type(model).forward)
         # transformers' Trainer chooses a dataset's columns by the forward's argument names.
-        own = list(self.signature.parameters.values())[1:]
-        self.__signature__ = self.signature.replace(parameters=own)
-        methods = {side: getattr(model, f"get_{side}_features") for side in ("image", "text")}
-        self.explicit = {side: set(inspect.signature(method).parameters) for side, method in methods.items()}
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        self.encoders = {side: getattr(model, f"get_{side}_features") for side in ("image", "text")}
+        self.explicit = {side: set(inspect.signature(encode).parameters) for side, encode in self.encoders.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
-        given = dict(self.signature.bind(model, *args, **kwargs).arguments)
+        given = dict(self.__signature__.bind(*args, **kwargs).arguments)
         given.update(given.pop("kwargs", {}))
-        given.pop("self", None)
         wanted = given.pop("return_loss", None)
         as_dict = given.pop("return_dict", None)
         if not wanted or as_dict is False or not model.config.return_dict:
             return type(model).forward(model, *args, **kwargs)
-        own = {"image": {"pixel_values"}, "text": {"input_ids"}}
         outputs = {}
         for side, other in (("image", "text"), ("text", "image")):
-            mine = self.explicit[side] - own[other]
-            shared = {name for name in given if name not in self.explicit[side] | self.explicit[other]}
-            passed = {name: value for name, value in given.items() if name in mine | shared}
-            outputs[side] = getattr(model, f"get_{side}_features")(**passed)
+            others = self.explicit[other] - self.explicit[side]
+            passed = {name: value for name, value in given.items() if name not in others}
+            outputs[side] = self.encoders[side](**passed)
         image, text = (_unit(outputs[side]) for side in ("image", "text"))
         return _output_class(model)(
             loss=self.loss(model, image, text),

@@ -150,7 +150,7 @@ IMPLS = {
     "triton": Impl(
         lambda *args: _kernels().forward(*args),
         lambda *args: _kernels().backward(*args),
-        triton_unsupported("pairs"),
+        triton_unsupported("products"),
     ),
     "cpu": Impl(
         lambda *args: core.gated_residual_forward(*args),

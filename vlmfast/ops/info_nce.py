@@ -363,7 +363,9 @@ def _kernels() -> Any:
 
 IMPLS = {
     "triton": Impl(
-        lambda *args: _kernels().forward(*args), lambda *args: _kernels().backward(*args), triton_unsupported("pairs")
+        lambda *args: _kernels().forward(*args),
+        lambda *args: _kernels().backward(*args),
+        triton_unsupported("products"),
     ),
     "cpu": Impl(
         lambda *args: core.info_nce_forward(*args), lambda *args: core.info_nce_backward(*args), cpu_unsupported

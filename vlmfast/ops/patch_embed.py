@@ -285,7 +285,7 @@ IMPLS = {
     "triton": Impl(
         lambda *args: _kernels().forward(*args),
         lambda *args: _kernels().backward(*args),
-        triton_unsupported("pairs"),
+        triton_unsupported("products"),
     ),
     "cpu": Impl(
         lambda *args: core.patch_embed_forward(*args), lambda *args: core.patch_embed_backward(*args), cpu_unsupported

@@ -149,7 +149,7 @@ def _kernels() -> Any:
 
 
 IMPLS = {
-    "triton": Impl(lambda *args: _kernels().forward(*args), reference_backward, triton_unsupported("pairs")),
+    "triton": Impl(lambda *args: _kernels().forward(*args), reference_backward, triton_unsupported("products")),
     "cpu": Impl(lambda *args: core.sigmoid_loss_forward(*args), reference_backward, cpu_unsupported),
     "torch": Impl(reference_forward, reference_backward, never),
 }

@@ -19,15 +19,13 @@ EOS, PAD, VOCAB, LENGTHS = 1, 0, 50, (12, 7, 3, 5, 9)
 ROWS = [3, 2]
 
 
-def make(name: str, **changes: object) -> nn.Module:
+def make(name: str) -> nn.Module:
     """In training mode, but for what depends on the rest of the batch or on chance: batch norms and dropout."""
     cls = model_class(name)
     config = cls.config_class.small(
         vocab_size=VOCAB, eos_token_id=EOS, pad_token_id=PAD, image_size=16, vision_width=64, vision_layers=3,
         text_width=64, text_layers=1, max_length=12,
     )  # fmt: skip
-    for attribute, value in changes.items():
-        setattr(config, attribute, value)
     torch.manual_seed(1)
     model = cls(config).train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -41,7 +41,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
 from vlmfast.models.contrastive.gathered import Shards
-from vlmfast.models.contrastive.towers import tower_width
+from vlmfast.models.contrastive.towers import small_bert, tower_width
 
 MIN_TEMPERATURE = 0.01
 
@@ -76,8 +76,6 @@ class ALIGNConfig(CLIPConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         width = tower_width("vision_config", self.vision_config)
-        if self.projection_dim is None:
-            self.projection_dim = width
         if self.projection_dim != width:
             raise ValueError(
                 f"projection_dim: expected the image tower's width {width}, as images have no layer of their own, "
@@ -129,14 +127,12 @@ class ALIGNConfig(CLIPConfig):
             expand_ratios=[1, 6, 6],
             batch_norm_momentum=0.9,
         )
-        text = transformers.AlignTextConfig(
+        text = small_bert(
+            transformers.AlignTextConfig,
+            text_width,
+            text_layers,
+            max_length,
             vocab_size=vocab_size,
-            max_position_embeddings=max_length,
-            hidden_size=text_width,
-            intermediate_size=4 * text_width,
-            num_hidden_layers=text_layers,
-            num_attention_heads=text_width // 64,
-            type_vocab_size=1,
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
@@ -186,8 +182,6 @@ class ALIGNModel(CLIPModel):
                 init.constant_(self.temperature, self.config.temperature_init_value)
             return
         super()._init_weights(module)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            init.zeros_(module.bias)
 
     def loss(self, image_features: Tensor, text_features: Tensor, temperature: Tensor) -> Tensor:
         """The contrastive loss over the global batch, with smoothed labels in training mode.

@@ -93,6 +93,8 @@ class CLIPConfig(PreTrainedConfig):
             if duplicate is not None:
                 setattr(self, name, duplicate)
         super().__post_init__(**kwargs)
+        if self.projection_dim is None:  # where a model's own config allows it
+            self.projection_dim = tower_width("vision_config", self.vision_config)
 
     @classmethod
     def small(
@@ -250,6 +252,8 @@ class CLIPModel(PreTrainedModel):
         # transformers calls this for what is outside the towers: the projections and the model itself.
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=self.config.initializer_factor * module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif module is self:
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
 
@@ -329,6 +333,9 @@ class CLIPModel(PreTrainedModel):
             raise ValueError(f"input_ids: expected {len(pixel_values)} texts, one per image, got {len(input_ids)}")
         image_features = self.get_image_features(pixel_values)
         text_features = self.get_text_features(input_ids, attention_mask, position_ids)
+        return self._output(image_features, text_features, return_loss)
+
+    def _output(self, image_features: Tensor, text_features: Tensor, return_loss: bool) -> Any:
         features = {"image_features": image_features, "text_features": text_features, **self._scalars()}
         return self.output_class(loss=self.loss(**features) if return_loss else None, **features)
 

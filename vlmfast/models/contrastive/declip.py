@@ -48,9 +48,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 from vlmfast import distributed
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
 from vlmfast.models.contrastive.declip_parts import FeatureBank, predictor, projector, simsiam_loss
+from vlmfast.models.contrastive.gathered import Shards
 from vlmfast.models.contrastive.towers import CLIPVisionModel
 from vlmfast.nn import ClipLoss
-from vlmfast.ops import info_nce
 
 NOT_MASKED = -100
 
@@ -153,9 +153,7 @@ class DeCLIPModel(CLIPModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm1d):
+        if isinstance(module, nn.BatchNorm1d):
             init.ones_(module.weight)
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)
@@ -227,7 +225,8 @@ class DeCLIPModel(CLIPModel):
         """
         terms = self.loss_terms(image_features, text_features, logit_scale, **parts)
         if self.training and self.bank is not None:
-            texts, _ = self._gather_pairs(text_features.detach())
+            flat = text_features.detach().flatten(1)
+            texts = Shards("DeCLIPModel", flat).gather(flat).view(-1, *text_features.shape[1:])
             self.bank.push(texts[:, 1])
             self.bank.push(texts[:, 0])
         return torch.stack([getattr(self.config, f"{name}_weight") * term for name, term in terms.items()]).sum()
@@ -272,24 +271,11 @@ class DeCLIPModel(CLIPModel):
 
     def _nearest_neighbor_loss(self, images: tuple[Tensor, ...], text_features: Tensor, scale: Tensor) -> Tensor:
         assert self.bank is not None
-        own = self.bank.nearest(text_features.flatten(0, 1)).view_as(text_features)
-        neighbors, offset = self._gather_pairs(own)
-        each = [
-            info_nce(image, neighbor, scale, label_offset=offset, bidirectional=False)
-            for image in images
-            for neighbor in neighbors.unbind(1)
-        ]
-        share = len(own) / _mean_over_ranks(scale.new_tensor(len(own)))
-        return torch.stack(each).mean() * share
-
-    def _gather_pairs(self, features: Tensor) -> tuple[Tensor, int]:
-        """Every process's rows of features (B, 2, D), which need no gradient, and where this process's begin."""
-        rank, world_size = distributed.rank_and_world_size()
-        if world_size == 1:
-            return features, 0
-        flat = features.flatten(1)
-        sizes = distributed.shard_sizes("DeCLIPModel", flat)
-        return distributed.gather(flat, sizes).unflatten(1, (2, -1)), sum(sizes[:rank])
+        own = self.bank.nearest(text_features.flatten(0, 1)).view(len(text_features), -1)
+        shards = Shards("DeCLIPModel", own)
+        neighbors = shards.gather(own).view(-1, *text_features.shape[1:])
+        each = [shards.info_nce(image, neighbor, scale) for image in images for neighbor in neighbors.unbind(1)]
+        return torch.stack(each).mean()
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:

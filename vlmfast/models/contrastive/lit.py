@@ -36,11 +36,10 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
-from vlmfast.models.contrastive.towers import tower_width
+from vlmfast.models.contrastive.towers import small_bert, tower_width
 
 
 @strict
@@ -69,8 +68,6 @@ class LiTConfig(CLIPConfig):
         if self.text_pooling not in ("first", "mean"):
             raise ValueError(f"text_pooling: expected 'first' or 'mean', got {self.text_pooling!r}")
         width = tower_width("vision_config", self.vision_config)
-        if self.projection_dim is None:
-            self.projection_dim = width
         if not self.image_head and self.projection_dim != width:
             reason = f"the image tower's width {width}, as images have no head"
             raise ValueError(f"projection_dim: expected {reason}, got {self.projection_dim}")
@@ -94,14 +91,12 @@ class LiTConfig(CLIPConfig):
         `embed_dim` is accepted for the sake of a common signature: the features are as wide as the image tower.
         """
         clip = CLIPConfig.small(vocab_size=vocab_size, eos_token_id=eos_token_id, text_width=text_width, **vision)
-        text = transformers.BertConfig(
+        text = small_bert(
+            transformers.BertConfig,
+            text_width,
+            text_layers,
+            max_length,
             vocab_size=vocab_size,
-            max_position_embeddings=max_length,
-            hidden_size=text_width,
-            intermediate_size=4 * text_width,
-            num_hidden_layers=text_layers,
-            num_attention_heads=text_width // 64,
-            type_vocab_size=1,
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
@@ -136,12 +131,6 @@ class LiTModel(CLIPModel):
 
     def _lock(self) -> None:
         self.vision_model.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            init.zeros_(module.bias)
 
     @torch.no_grad()
     def encode_locked(self, pixel_values: Tensor) -> Tensor:
@@ -226,11 +215,8 @@ class LiTModel(CLIPModel):
             raise ValueError(f"input_ids: expected {len(locked_features)} texts, one per image, got {len(input_ids)}")
         image_features = self._image_features(locked_features)
         text_features = self.get_text_features(input_ids, attention_mask, position_ids)
-        logit_scale = self.logit_scale.clone()  # not the parameter, as in CLIPModel
-        loss = self.loss(image_features, text_features, logit_scale) if return_loss else None
-        return CLIPOutput(
-            loss=loss, image_features=image_features, text_features=text_features, logit_scale=logit_scale
-        )
+        output: CLIPOutput = self._output(image_features, text_features, return_loss)
+        return output
 
     def after_optimizer_step(self) -> None:
         """Nothing: the paper does not clamp the temperature."""

@@ -35,7 +35,6 @@ from transformers.configuration_utils import SubConfigSpec
 
 from vlmfast.distributed import rank_and_world_size
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
-from vlmfast.models.contrastive.towers import tower_width
 from vlmfast.nn import SigLipLoss
 
 
@@ -62,11 +61,6 @@ class SigLIPConfig(CLIPConfig):
     logit_bias_init_value: float | int = -10.0
     image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.projection_dim is None:
-            self.projection_dim = tower_width("vision_config", self.vision_config)
 
     @classmethod
     def small(

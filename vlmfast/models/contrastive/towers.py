@@ -63,6 +63,19 @@ TOWERS = {
 }
 
 
+def small_bert(config_class: Any, width: int, layers: int, max_length: int, **tokens: Any) -> Any:
+    """A BERT's config from a few numbers: heads of 64, MLPs four times as wide, one type of segment."""
+    return config_class(
+        max_position_embeddings=max_length,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        type_vocab_size=1,
+        **tokens,
+    )
+
+
 def new_tower(config: PreTrainedConfig) -> PreTrainedModel:
     if config.model_type in TOWERS:
         return TOWERS[config.model_type]._from_config(config)
