@@ -1,4 +1,7 @@
-"""Drives CMakeLists.txt for the C++ core. Without a compiler, or with VLMFAST_NO_EXT=1, installs Python code alone."""
+"""Drives CMakeLists.txt for the C++ core. Without a compiler, or with VLMFAST_NO_EXT=1, installs Python code alone.
+
+VLMFAST_CUDA_ARCHS names the architectures of the CUDA kernels, such as 80,90a, or OFF; unset, all that are supported.
+"""
 
 import os
 import subprocess
@@ -27,10 +30,13 @@ class BuildCore(build_ext):
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DVLMFAST_TORCH_DIR={Path(torch.__file__).parent}",
             f"-DVLMFAST_TORCH_VERSION={torch.__version__}",
+            f"-DVLMFAST_TORCH_CUDA={torch.version.cuda or ''}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
         ]  # fmt: skip
+        if archs := os.environ.get("VLMFAST_CUDA_ARCHS"):
+            configure.append(f"-DVLMFAST_CUDA_ARCHS={archs.replace(',', ';')}")
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(build)], check=True)

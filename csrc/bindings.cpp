@@ -6,6 +6,9 @@
 #include <thread>
 
 #include "ops.h"
+#ifdef VLMFAST_CUDA_ARCHS
+#include "cuda/bindings.h"
+#endif
 
 #define VLMFAST_STRING_(x) #x
 #define VLMFAST_STRING(x) VLMFAST_STRING_(x)
@@ -31,6 +34,11 @@ pybind11::dict build_info() {
   info["threads"] = count_threads();
   info["torch"] = VLMFAST_STRING(VLMFAST_TORCH_VERSION);
   info["compiler"] = __VERSION__;
+#ifdef VLMFAST_CUDA_ARCHS
+  info["cuda_archs"] = VLMFAST_CUDA_ARCHS;
+#else
+  info["without_cuda"] = VLMFAST_WITHOUT_CUDA;
+#endif
   return info;
 }
 
@@ -50,4 +58,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("media_attention_backward", &vlmfast::media_attention_backward, release());
   m.def("gated_residual_forward", &vlmfast::gated_residual_forward, release());
   m.def("gated_residual_backward", &vlmfast::gated_residual_backward, release());
+#ifdef VLMFAST_CUDA_ARCHS
+  auto cuda = m.def_submodule("cuda", "The same functions for tensors on a GPU.");
+  vlmfast::cuda::bind(cuda);
+#endif
 }

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import pytest
 import torch
 from numerics import assert_as_exact_as_eager
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmfast.ops._dispatch import Impl
-
 # A few roundings; the rounding of a dot product, times the scale, is a relative error of the exponential.
 EPSILON = 2e-6
-
-
-def use_backend(monkeypatch: pytest.MonkeyPatch, impls: Mapping[str, Impl], name: str) -> None:
-    """Forces a backend, or skips where it cannot run on CPU tensors."""
-    monkeypatch.setenv("VLMFAST_BACKEND", name)
-    if reason := impls[name].unsupported(torch.zeros(1, 1)):
-        pytest.skip(reason)
 
 
 def unit(rows: int, dim: int) -> Tensor:

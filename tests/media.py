@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import pytest
 import torch
 from numerics import assert_as_exact_as_eager
 from torch import Tensor
 
-from vlmfast.ops._dispatch import Impl
-
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """One rounding of a 16-bit result; a float32 probability e^(s - lse) is off by a rounding of lse, some units large."""
-
-
-def use_backend(monkeypatch: pytest.MonkeyPatch, impls: Mapping[str, Impl], name: str) -> None:
-    """Forces a backend, or skips where it cannot run on CPU tensors."""
-    monkeypatch.setenv("VLMFAST_BACKEND", name)
-    if reason := impls[name].unsupported(*(torch.zeros(1, 1, 1, 32) for _ in range(3))):
-        pytest.skip(reason)
 
 
 def heads(batch: int, number: int, length: int, dim: int) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
+import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +15,18 @@ import torch
 from torch import Tensor, multiprocessing
 from torch import distributed as dist
 
+ROOT = Path(__file__).parent.parent
+# What the processes import, once: they are forked from a server that has it, and that never ran a backward pass, as
+# autograd's threads do not survive a fork of the process of the tests.
+multiprocessing.set_forkserver_preload(
+    ["pytest", "hypothesis", "vlmfast.models.contrastive", "vlmfast.training", "open_clip.loss", "torch.nn.parallel"]
+)
 
-def _entry(
-    rank: int, function: Callable[..., None], world_size: int, store: str, seconds: float, arguments: tuple[Any, ...]
-) -> None:
+
+def _entry(rank: int, world_size: int, store: str, seconds: float, environment: dict[str, str], payload: bytes) -> None:
+    os.environ.update(environment)
+    sys.path.append(str(ROOT))  # test modules are named from here, as in tests.nn.test_clip_loss
+    function, arguments = pickle.loads(payload)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -31,13 +42,16 @@ def _entry(
 def run_processes(function: Callable[..., None], world_size: int, *arguments: Any, timeout: float = 60) -> None:
     """function(rank, world_size, *arguments) on every rank; an exception on any is raised here.
 
-    `timeout`: of the process group, in seconds.
+    `function` and `arguments` are pickled. `timeout`: of the process group, in seconds.
     """
+    payload = pickle.dumps((function, arguments))
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        # Forked, so that functions of test modules, which importlib mode does not put on the path, are found.
         multiprocessing.start_processes(
-            _entry, (function, world_size, store, timeout, arguments), nprocs=world_size, start_method="fork"
+            _entry,
+            (world_size, store, timeout, dict(os.environ), payload),
+            nprocs=world_size,
+            start_method="forkserver",
         )
 
 

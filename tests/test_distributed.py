@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -186,14 +187,14 @@ def _costs(rank: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_operations_bytes_and_memory_per_rank(world_size: int) -> None:
-    pytest.importorskip("open_clip.loss")  # here, so that the processes forked from this one have it already
+    pytest.importorskip("open_clip.loss")
     run_processes(_costs, world_size)
 
 
 TIMEOUT = 4.0
 
 
-def _lose_a_rank(rank: int, world_size: int, module: Any, loss: Callable[..., Tensor], when: str, hangs: bool) -> None:
+def _lose_a_rank(rank: int, world_size: int, module: str, loss: Callable[..., Tensor], when: str, hangs: bool) -> None:
     def lost(*_: Any) -> None:
         time.sleep(TIMEOUT + 3 if hangs else 0)
         os._exit(0)
@@ -201,7 +202,7 @@ def _lose_a_rank(rank: int, world_size: int, module: Any, loss: Callable[..., Te
     image, text = (F.normalize(torch.randn(4, 6), dim=1).requires_grad_() for _ in range(2))
     loss(rank, world_size, image, text).backward()
     if rank == 1:
-        setattr(module, when, lost)
+        setattr(import_module(module), when, lost)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=rf"rank {rank}: the ring to rank .* a rank has died"):
         loss(rank, world_size, image, text).backward()
@@ -220,12 +221,12 @@ def _siglip(rank: int, world_size: int, image: Tensor, text: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("module", "loss", "when", "hangs"),
     [
-        (clip_loss, _clip, "tile_forward", False),
-        (clip_loss, _clip, "tile_forward", True),
-        (clip_loss, _clip, "tile_backward", False),
-        (siglip_loss, _siglip, "tile_forward", False),
+        ("vlmfast.nn.clip_loss", _clip, "tile_forward", False),
+        ("vlmfast.nn.clip_loss", _clip, "tile_forward", True),
+        ("vlmfast.nn.clip_loss", _clip, "tile_backward", False),
+        ("vlmfast.nn.siglip_loss", _siglip, "tile_forward", False),
     ],
     ids=["clip dies in forward", "clip hangs", "clip dies in backward", "siglip dies"],
 )
-def test_a_lost_rank_makes_the_others_fail(module: Any, loss: Callable[..., Tensor], when: str, hangs: bool) -> None:
+def test_a_lost_rank_makes_the_others_fail(module: str, loss: Callable[..., Tensor], when: str, hangs: bool) -> None:
     run_processes(_lose_a_rank, 3, module, loss, when, hangs, timeout=TIMEOUT)

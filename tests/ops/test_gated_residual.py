@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from backends import use_backend
 from media import ROUNDING
 from numerics import assert_as_exact_as_eager, loss_and_gradients
 from torch import Tensor
@@ -18,9 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=list(IMPLS))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("VLMFAST_BACKEND", request.param)
-    if reason := IMPLS[request.param].unsupported(torch.zeros(1, 1)):
-        pytest.skip(reason)
+    use_backend(monkeypatch, IMPLS, request.param)
     return request.param
 
 

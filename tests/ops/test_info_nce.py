@@ -5,7 +5,8 @@ import math
 import contrastive
 import pytest
 import torch
-from contrastive import pairs, unit, use_backend
+from backends import use_backend
+from contrastive import pairs, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_exact_as_eager, loss_and_gradients

@@ -8,7 +8,8 @@ import sys
 import contrastive
 import pytest
 import torch
-from contrastive import pairs, unit, use_backend
+from backends import use_backend
+from contrastive import pairs, unit
 from numerics import loss_and_gradients
 from torch import Tensor
 

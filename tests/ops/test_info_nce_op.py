@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from contrastive import pairs, use_backend
+from backends import use_backend
+from contrastive import pairs
 from numerics import loss_and_gradients
 from torch import Tensor
 from torch.nn import functional as F

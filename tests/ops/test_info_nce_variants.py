@@ -3,7 +3,8 @@ from __future__ import annotations
 import contrastive
 import pytest
 import torch
-from contrastive import pairs, unit, use_backend
+from backends import use_backend
+from contrastive import pairs, unit
 from numerics import loss_and_gradients
 from torch import Tensor
 from torch.nn import functional as F

@@ -5,9 +5,10 @@ import math
 import media
 import pytest
 import torch
+from backends import use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media import any_media, heads, last_media, qkv, use_backend, with_weights
+from media import any_media, heads, last_media, qkv, with_weights
 from numerics import loss_and_gradients
 from torch import Tensor
 from torch.nn import functional as F

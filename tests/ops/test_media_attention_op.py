@@ -5,7 +5,8 @@ import sys
 import media
 import pytest
 import torch
-from media import any_media, last_media, qkv, use_backend, with_weights
+from backends import use_backend
+from media import any_media, last_media, qkv, with_weights
 from numerics import loss_and_gradients
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contrastive import use_backend
+from backends import use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_exact_as_eager, loss_and_gradients

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contrastive import use_backend
+from backends import use_backend
 from torch import Tensor
 
 import vlmfast
@@ -84,7 +84,10 @@ def test_autocast_promotes_as_the_definition_does(backend: str, position: torch.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, eager = (op(**given, mean=MEAN, std=STD) for op in (patch_embed, reference))
     assert ours.dtype == position
-    torch.testing.assert_close(ours.float(), eager.float(), rtol=2e-2, atol=2e-2)
+    double = {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
+    exact = reference(**double, mean=MEAN, std=STD)
+    error, allowed = ((tokens.double() - exact).abs().max() for tokens in (ours, eager))
+    assert error <= 2 * allowed + 2.0**-8 * exact.abs().max()
     ours.float().sum().backward()
     assert given["weight"].grad.dtype == torch.float32
 
@@ -133,6 +136,8 @@ def test_a_second_derivative_raises(backend: str) -> None:
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_instruction_set(run_python, isa: str) -> None:
     """Against float64, with and without bfloat16 products, patches of a width that no vector divides."""
+    if isa == "avx512" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        pytest.skip("this processor has no avx512; tests/kernels/test_simd.py runs its vector width without it")
     out = run_python(
         """
         import torch
@@ -161,7 +166,7 @@ def test_every_instruction_set(run_python, isa: str) -> None:
         VLMFAST_BACKEND="cpu",
         ATEN_CPU_CAPABILITY=isa,
     ).split()[-1]
-    assert out in {"default": ["baseline"], "avx2": ["avx2"], "avx512": ["avx512", "avx2"]}[isa]
+    assert out in {"default": ["baseline"], "avx2": ["avx2"], "avx512": ["avx512"]}[isa]
 
 
 @pytest.mark.skipif(core is None, reason="the C++ core was not built")

@@ -5,7 +5,8 @@ import sys
 import contrastive
 import pytest
 import torch
-from contrastive import pairs, unit, use_backend
+from backends import use_backend
+from contrastive import pairs, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import loss_and_gradients

@@ -28,6 +28,8 @@ def _load_core() -> tuple[Any, str | None]:
 
 
 core, CORE_MISSING = _load_core()
+cuda_core = getattr(core, "cuda", None)
+"""The part of the extension for GPUs, or None. Tests put one there whose kernels run on CPU tensors."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,22 @@ def cpu_unsupported(first: torch.Tensor, *args: object) -> str | None:
     if CORE_MISSING:
         return CORE_MISSING
     return None if first.device.type == "cpu" else f"the tensors are on {first.device.type}"
+
+
+def cuda_unsupported(first: torch.Tensor, *args: object) -> str | None:
+    """Why the CUDA C++ backend cannot run."""
+    if cuda_core is None:
+        return CORE_MISSING or f"the C++ extension was built without CUDA: {core.build_info()['without_cuda']}"
+    if first.device.type != cuda_core.DEVICE:
+        return f"the tensors are on {first.device.type}"
+    if first.is_cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def cuda_kernels() -> Any:
+    """The functions of the CUDA C++ backend, where `cuda_unsupported` has no reason against it."""
+    return cuda_core
 
 
 def triton_unsupported(kernels: str) -> Callable[..., str | None]:

@@ -37,6 +37,8 @@ from vlmfast.ops._dispatch import (
     choose,
     core,
     cpu_unsupported,
+    cuda_kernels,
+    cuda_unsupported,
     define,
     never,
     no_second_derivative,
@@ -366,6 +368,11 @@ IMPLS = {
         lambda *args: _kernels().forward(*args),
         lambda *args: _kernels().backward(*args),
         triton_unsupported("products"),
+    ),
+    "cuda": Impl(
+        lambda *args: cuda_kernels().info_nce_forward(*args),
+        lambda *args: cuda_kernels().info_nce_backward(*args),
+        cuda_unsupported,
     ),
     "cpu": Impl(
         lambda *args: core.info_nce_forward(*args), lambda *args: core.info_nce_backward(*args), cpu_unsupported

@@ -26,6 +26,8 @@ from vlmfast.ops._dispatch import (
     choose,
     core,
     cpu_unsupported,
+    cuda_kernels,
+    cuda_unsupported,
     define,
     never,
     no_second_derivative,
@@ -150,6 +152,7 @@ def _kernels() -> Any:
 
 IMPLS = {
     "triton": Impl(lambda *args: _kernels().forward(*args), reference_backward, triton_unsupported("products")),
+    "cuda": Impl(lambda *args: cuda_kernels().sigmoid_loss_forward(*args), reference_backward, cuda_unsupported),
     "cpu": Impl(lambda *args: core.sigmoid_loss_forward(*args), reference_backward, cpu_unsupported),
     "torch": Impl(reference_forward, reference_backward, never),
 }
