@@ -31,7 +31,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
   const auto finish = [&](const at::Tensor& gradient) {
     return gradient.defined() ? gradient.mul(factor) : at::empty({0, chunks.dim}, options);
   };
-  return {sums[0], finish(d_image), finish(d_text), sums[1], sums[2]};
+  return {sums[0].clone(), finish(d_image), finish(d_text), sums[1].clone(), sums[2].clone()};
 }
 
 }  // namespace vlmfast::cuda

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <math.h>  // CUDA has its functions outside of std
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -81,25 +82,35 @@ using WarpOperation = void (*)(void* const* lanes);
 
 enum class State { ready, at_barrier, in_warp_operation, done };
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  dim3 index;
-  State state;
-  WarpOperation operation;
-  void* argument;
-  void* sanitizer_stack = nullptr;
-};
-
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kStackBytes = 256 << 10;
 #else
 constexpr size_t kStackBytes = 64 << 10;
 #endif
 
+// A place to go on from, of a thread of the block or of the scheduler. Once a fiber runs, switches are jumps: unlike
+// swapcontext they make no system call. The address sanitizer is told of each.
+struct Place {
+  jmp_buf jump;
+  void* sanitizer_stack = nullptr;
+};
+
+struct Fiber {
+  Place place;
+  ucontext_t start;
+  std::unique_ptr<char[]> stack;
+  bool started = false;
+  dim3 index;
+  State state;
+  WarpOperation operation;
+  void* argument;
+};
+
 struct Block {
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  ucontext_t scheduler;
+  std::vector<std::unique_ptr<Fiber>> fibers;  // they serve one block after the other
+  Place scheduler;
+  const void* scheduler_bottom = nullptr;
+  size_t scheduler_bytes = 0;
   Fiber* running = nullptr;
   std::unique_ptr<unsigned char[]> shared_storage;
   size_t shared_bytes = 0;
@@ -107,9 +118,6 @@ struct Block {
   void (*body)(void*) = nullptr;
   void* body_argument = nullptr;
   std::exception_ptr error;
-  void* sanitizer_stack = nullptr;
-  const void* scheduler_bottom = nullptr;
-  size_t scheduler_bytes = 0;
   unsigned seed = 0;
   std::mt19937 order;
 };
@@ -119,43 +127,62 @@ inline std::mutex launches;
 
 inline unsigned char* shared_memory() { return block.shared; }
 
-// Back to the scheduler, and here again once this thread is ready.
-inline void pause(State state) {
-  Fiber* self = block.running;
-  self->state = state;
+inline void before_switch([[maybe_unused]] Place& from, [[maybe_unused]] const void* bottom, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(state == State::done ? nullptr : &self->sanitizer_stack, block.scheduler_bottom,
-                                 block.scheduler_bytes);
-#endif
-  swapcontext(&self->context, &block.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(self->sanitizer_stack, nullptr, nullptr);
+  __sanitizer_start_switch_fiber(&from.sanitizer_stack, bottom, bytes);
 #endif
 }
 
-inline void enter() {
+inline void after_switch([[maybe_unused]] Place& to, [[maybe_unused]] bool from_scheduler) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_bottom, &block.scheduler_bytes);
+  __sanitizer_finish_switch_fiber(to.sanitizer_stack, from_scheduler ? &block.scheduler_bottom : nullptr,
+                                  from_scheduler ? &block.scheduler_bytes : nullptr);
 #endif
-  try {
-    block.body(block.body_argument);
-  } catch (...) {
-    block.error = std::current_exception();
+}
+
+// Back to the scheduler, and here again once this thread is ready.
+inline void pause(State state) {
+  Fiber& self = *block.running;
+  self.state = state;
+  before_switch(self.place, block.scheduler_bottom, block.scheduler_bytes);
+  if (_setjmp(self.place.jump) == 0) _longjmp(block.scheduler.jump, 1);
+  after_switch(block.running->place, true);
+}
+
+inline void enter() {
+  after_switch(block.running->place, true);
+  for (;;) {
+    try {
+      block.body(block.body_argument);
+    } catch (...) {
+      block.error = std::current_exception();
+    }
+    pause(State::done);
   }
-  pause(State::done);
 }
 
 inline void resume(Fiber& fiber) {
   block.running = &fiber;
   threadIdx = fiber.index;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&block.sanitizer_stack, fiber.stack.get(), kStackBytes);
-#endif
-  swapcontext(&block.scheduler, &fiber.context);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(block.sanitizer_stack, nullptr, nullptr);
-#endif
+  before_switch(block.scheduler, fiber.stack.get(), kStackBytes);
+  if (_setjmp(block.scheduler.jump) == 0) {
+    if (block.running->started) _longjmp(block.running->place.jump, 1);
+    block.running->started = true;
+    setcontext(&block.running->start);
+  }
+  after_switch(block.scheduler, false);
   if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
+}
+
+inline void add_fiber() {
+  auto fiber = std::make_unique<Fiber>();
+  fiber->stack = std::make_unique<char[]>(kStackBytes);
+  getcontext(&fiber->start);
+  fiber->start.uc_stack.ss_sp = fiber->stack.get();
+  fiber->start.uc_stack.ss_size = kStackBytes;
+  fiber->start.uc_link = nullptr;
+  makecontext(&fiber->start, enter, 0);
+  block.fibers.push_back(std::move(fiber));
 }
 
 inline void warp_operation(WarpOperation operation, void* argument) {
@@ -191,11 +218,6 @@ inline void run_block(size_t threads) {
     Fiber& fiber = *block.fibers[t];
     fiber.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
     fiber.state = State::ready;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
   }
   std::vector<size_t> turn(threads);
   std::iota(turn.begin(), turn.end(), 0);
@@ -239,10 +261,7 @@ void run(dim3 grid, dim3 threads_of_block, size_t shared_bytes, Body body) {
   block.shared_storage = shared_bytes ? std::make_unique<unsigned char[]>(shared_bytes + 127) : nullptr;
   const auto address = reinterpret_cast<uintptr_t>(block.shared_storage.get());
   block.shared = shared_bytes ? block.shared_storage.get() + (128 - address % 128) % 128 : nullptr;
-  while (block.fibers.size() < threads) {
-    block.fibers.push_back(std::make_unique<Fiber>());
-    block.fibers.back()->stack = std::make_unique<char[]>(kStackBytes);
-  }
+  while (block.fibers.size() < threads) add_fiber();
   block.body = [](void* argument) { (*static_cast<Body*>(argument))(); };
   block.body_argument = &body;
   gridDim = grid;
@@ -252,7 +271,12 @@ void run(dim3 grid, dim3 threads_of_block, size_t shared_bytes, Body body) {
   if (block.seed) std::shuffle(turn.begin(), turn.end(), block.order);
   for (size_t b : turn) {
     blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-    run_block(threads);
+    try {
+      run_block(threads);
+    } catch (...) {
+      block.fibers.clear();  // some are in the midst of a kernel
+      throw;
+    }
   }
 }
 
