@@ -73,6 +73,20 @@ def test_declip_sees_two_views_of_each_pair(data: Path, tmp_path: Path) -> None:
     assert evaluated(folder, data)["num_pairs"] == PAIRS
 
 
+def test_declip_in_chunks_without_its_batch_norms(data: Path, tmp_path: Path) -> None:
+    """The other terms of the paper's weights; captions are rewritten with synonyms of a file."""
+    synonyms = tmp_path / "synonyms.json"
+    synonyms.write_text(json.dumps({"square": ["box"]}))
+    options = ["--model=declip", "--declip-weights=paper", "--config-overrides=image_ssl_weight=0"]
+    options += [f"--synonyms={synonyms}", "--max-steps=3"]
+    folder = trained(command(data, tmp_path / "run", *options))
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["clip_weight"], config["multi_view_weight"], config["image_ssl_weight"]) == (0.4, 0.2, 0)
+    assert set(logged(folder, 3)) == {1, 2, 3}
+    plain = trained(command(data, tmp_path / "plain", *(option for option in options if "synonyms" not in option)))
+    assert logged(plain, 3) != logged(folder, 3)
+
+
 @pytest.mark.parametrize("name", ["cloob", "align", "siglip"])
 def test_trains_resumes_and_is_evaluated(name: str, data: Path, tmp_path: Path) -> None:
     """In chunks; stopped after the first checkpoint, the second run gives what the first would have given."""
@@ -113,6 +127,17 @@ def test_lit_locks_its_tower_and_reads_the_cache(data: Path, towers: list[str], 
     assert_same_run(trained(again), one)  # reads what the first run wrote
 
 
+def test_lit_with_a_text_tower_from_scratch(data: Path, towers: list[str], tmp_path: Path) -> None:
+    """The paper's Lu: of the two towers that LU has, the image's alone."""
+    folder = trained(command(data, tmp_path, "--model=lit", towers[0], "--max-steps=3"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["text_config"]["hidden_size"] == 64
+    assert config["vision_config"]["hidden_size"] == config["projection_dim"] == 32
+    before = load_file(Path(towers[0].partition("=")[2]) / "model.safetensors")["layernorm.weight"]
+    assert torch.equal(load_file(folder / "model.safetensors")["vision_model.layernorm.weight"], before)
+    assert logged(folder, 3)[3] != logged(folder, 3)[1]
+
+
 def test_clip_takes_pretrained_towers(data: Path, towers: list[str], tmp_path: Path) -> None:
     folder = trained(command(data, tmp_path, *towers, "--max-steps=3", "--learning-rate=0"))
     for name, option in zip(("vision_model", "text_model"), towers, strict=True):
@@ -132,6 +157,7 @@ def test_clip_takes_pretrained_towers(data: Path, towers: list[str], tmp_path: P
         (["--config=x.json", "--vision-tower=x"], "--config and --vision-tower and --text-tower exclude each other"),
         (["--vision-tower=./nowhere"], "./nowhere is not the folder of a checkpoint"),
         (["--model=declip", "--jitter=0.1"], "--jitter: DeCLIP's views have their own"),
+        (["--synonyms=x.json"], "--synonyms needs --model declip, which rewrites captions; got clip"),
     ],
 )
 def test_what_cannot_be_is_refused(data: Path, tmp_path: Path, options: list[str], message: str) -> None:

@@ -1,10 +1,11 @@
+import json
 import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from vlmfast.data import EDA
+from vlmfast.data import EDA, read_synonyms
 
 CAPTION = "a small red fox jumps over the lazy dog today"
 SYNONYMS = {"small": ["little", "tiny"], "Dog": ["hound"]}
@@ -97,3 +98,19 @@ def test_short_captions_are_left_with_words(operation, caption):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         EDA(**arguments)
+
+
+def test_synonyms_of_a_file(tmp_path):
+    path = tmp_path / "synonyms.json"
+    path.write_text(json.dumps(SYNONYMS))
+    assert read_synonyms(path) == SYNONYMS
+    assert draws(EDA(synonyms=read_synonyms(str(path)))) == draws(EDA(synonyms=SYNONYMS))
+    with pytest.raises(FileNotFoundError):
+        read_synonyms(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a": "b"}', '{"a": []}', '{"a": [1]}'])
+def test_a_file_of_something_else_is_named(tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=r"synonyms: expected .*other\.json"):
+        read_synonyms(tmp_path / "other.json")

@@ -63,6 +63,30 @@ def test_equals_a_loop_whole_and_in_parts(ids: list[list[int]], mode: str, eos: 
         assert all(torch.equal(a, b) for a, b in zip(second[2], state, strict=True))
 
 
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.sampled_from([1, EOS, MEDIA]), min_size=1, max_size=20), more=st.integers(0, 2))
+def test_next_equals_a_loop_whole_and_in_parts(ids: list[int], more: int) -> None:
+    """Beside a sample without media. What has media left over when the text ends may see them."""
+    tokens, number = torch.tensor([ids, [1] * len(ids)]), ids.count(MEDIA)
+
+    def look_ahead(media: int) -> list[tuple[int, int]]:
+        found = [ids[:i].count(MEDIA) + 1 for i in range(len(ids))]
+        return [(n, n) if n <= media else (0, 0) for n in found]
+
+    lo, hi, state = media_index(tokens, MEDIA, mode="next")
+    assert told(lo, hi) == [look_ahead(number), [(0, 0)] * len(ids)]
+    assert lo.dtype == hi.dtype == torch.int32
+    num_media = torch.tensor([number + more, 0])
+    lo, hi, state = media_index(tokens, MEDIA, mode="next", num_media=num_media)
+    assert told(lo, hi) == [look_ahead(number + more), [(0, 0)] * len(ids)]
+    parts, before = [], None
+    for step in tokens.split(1, dim=1):
+        *part, before = media_index(step, MEDIA, mode="next", num_media=num_media, state=before)
+        parts.append(part)
+    assert told(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True))) == told(lo, hi)
+    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+
+
 def test_groups_are_mllamas() -> None:
     """The spans that transformers' processor makes of image tokens."""
     processing = pytest.importorskip("transformers.models.mllama.processing_mllama")
@@ -125,6 +149,8 @@ def test_more_tokens_than_media() -> None:
     for mode, beyond in expected.items():
         lo, hi, _ = compiled(ids, MEDIA, mode=mode, num_media=1)
         assert told(lo, hi) == [[(1, 1), (1, 1), beyond, beyond], [(0, 0), (1, 1), (1, 1), (1, 1)]]
+    lo, hi, _ = compiled(ids, MEDIA, mode="next", num_media=1)
+    assert told(lo, hi) == [[(1, 1), (0, 0), (0, 0), (0, 0)], [(1, 1), (1, 1), (0, 0), (0, 0)]]
 
 
 @settings(max_examples=40, deadline=None)
@@ -154,7 +180,9 @@ def test_row_valid(seed: int, media: int, with_len: bool) -> None:
     [
         ({"input_ids": torch.ones(4).long()}, r"input_ids must be \(batch, length\) and not empty; got \(4,\)"),
         ({"input_ids": torch.ones(2, 0).long()}, r"input_ids must be .* not empty; got \(2, 0\)"),
-        ({"mode": "next"}, "mode must be one of last, all_prev, group; got 'next'"),
+        ({"mode": "first"}, "mode must be one of last, all_prev, group, next; got 'first'"),
+        ({"mode": "next", "eos_id": EOS}, "mode 'next' needs eos_id None"),
+        ({"mode": "next", "state": MediaState(*[torch.zeros(2)] * 4)}, "mode 'next' needs num_media beside state"),
         ({"num_media": torch.ones(3)}, r"num_media must be \(2,\), one per sample; got \(3,\)"),
         ({"num_media": torch.ones(2, device="meta")}, "num_media must be on input_ids' device cpu; got meta"),
         ({"state": MediaState(*[torch.zeros(3)] * 4)}, r"seen must be \(2,\), one per sample; got \(3,\)"),

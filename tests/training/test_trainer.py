@@ -9,7 +9,10 @@ from command_line import TINY, write_pairs
 from transformers import TrainerCallback
 
 from vlmfast.data import Collator, ImageTextDataset, load_tokenizer, train_transform
+from vlmfast.models.contrastive.align import ALIGNConfig, ALIGNModel
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
+from vlmfast.nn import _stem
+from vlmfast.ops import patch_embed
 from vlmfast.training import PretrainingArguments, PretrainingTrainer, last_checkpoint
 
 
@@ -130,6 +133,38 @@ def test_logs_carry_temperature_and_rate(data: Path, tmp_path: Path) -> None:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[0]["temperature"] == pytest.approx(0.07, rel=0.05)
     assert all(entry["pairs_per_second"] > 0 for entry in logs[1:])
+
+
+def test_logs_carry_align_s_temperature_which_has_no_logarithm(data: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer()
+    sizes = {**TINY, "vision_layers": 3}
+    config = ALIGNConfig.small(vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0, **sizes)
+    trainer = make_trainer(data, tmp_path, max_steps=2)
+    trainer = PretrainingTrainer(
+        model=ALIGNModel(config),
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        data_collator=trainer.data_collator,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["temperature"] == pytest.approx(0.07, rel=0.05)
+    assert logs[-1]["temperature"] == trainer.model.temperature.item() != config.temperature_init_value
+
+
+def test_pixels_reach_the_op_as_they_were_decoded(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes, channels last: no pass over them, to normalise or to permute, comes before."""
+    seen = []
+
+    def spy(pixels: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        seen.append((pixels.dtype, pixels.permute(0, 2, 3, 1).is_contiguous(), options["mean"], options["std"]))
+        return patch_embed(pixels, *args, **options)
+
+    monkeypatch.setattr(_stem, "patch_embed", spy)
+    trainer = make_trainer(data, tmp_path, max_steps=2)
+    trainer.train()
+    config = trainer.model.config
+    assert seen == [(torch.uint8, True, tuple(config.image_mean), tuple(config.image_std))] * 2
 
 
 def test_bad_chunk() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,13 @@ MODELS = {
     "siglip": ("vlmfast.models.contrastive.siglip", "SigLIPModel"),
 }
 """By the model_type of their configs."""
+
+DECLIP_WEIGHTS = {
+    "released": "RELEASED_WEIGHTS",
+    "released-88m-vit": "RELEASED_88M_VIT_WEIGHTS",
+    "paper": "PAPER_WEIGHTS",
+}
+"""Presets of DeCLIPConfig."""
 
 
 @dataclass
@@ -40,6 +49,19 @@ class ModelArguments:
     text_width: int = field(default=192, metadata={"help": "Width of the text transformer, a multiple of 64."})
     text_layers: int = field(default=2, metadata={"help": "Layers of the text transformer."})
     embed_dim: int = field(default=256, metadata={"help": "Dimension of the features that are compared."})
+    declip_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "DeCLIP: weights of its terms; those of the released configurations by default.",
+            "choices": list(DECLIP_WEIGHTS),
+        },
+    )
+    config_overrides: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of the model's config as name=value, such as text_pooling=mean or image_ssl_weight=0."
+        },
+    )
 
 
 def model_class(name: str) -> Any:
@@ -49,7 +71,12 @@ def model_class(name: str) -> Any:
 
 def build_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
     """The model that the arguments ask for, its text tower as large as the tokenizer's vocabulary or larger."""
-    model = _build(model_class(args.model), args, tokenizer, max_length)
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        model = _build(model_class(args.model), args, tokenizer, max_length)
+    except StrictDataclassError as error:  # neither a ValueError nor a TypeError
+        raise ValueError(f"--model {args.model}: {' '.join(str(error).split())}") from error
     vocabulary = model.config.text_config.vocab_size
     if len(tokenizer) > vocabulary:
         raise ValueError(f"--tokenizer has {len(tokenizer)} tokens, more than the {vocabulary} of the text tower")
@@ -62,10 +89,12 @@ def _build(cls: Any, args: ModelArguments, tokenizer: Any, max_length: int) -> A
     if len(given) > 1 or (given and towers):
         others = "--vision-tower and --text-tower" if towers else given[1]
         raise ValueError(f"{given[0]} and {others} exclude each other")
+    chosen = _overrides(cls.config_class, args)
     if args.pretrained:
-        return cls.from_pretrained(existing(args.pretrained))
+        return cls.from_pretrained(existing(args.pretrained), **chosen)
     if args.config:
-        return cls(cls.config_class.from_json_file(args.config))
+        settings = json.loads(Path(args.config).read_text(encoding="utf-8"))
+        return cls(cls.config_class.from_dict({**settings, **chosen}))
     if args.model == "lit" and not args.vision_tower:
         raise ValueError("--model lit needs the --vision-tower that it locks, --config or --pretrained")
     if tokenizer.eos_token_id is None and not args.text_tower:
@@ -82,13 +111,46 @@ def _build(cls: Any, args: ModelArguments, tokenizer: Any, max_length: int) -> A
         **{name: getattr(args, name) for name in names},
     )
     if not towers:
-        return cls(small)
+        return cls(cls.config_class.from_dict({**small.to_dict(), **chosen}) if chosen else small)
+    # The others' features are as wide as the image tower.
+    width = {"projection_dim": args.embed_dim} if args.model in ("clip", "cloob", "declip") else {}
     return cls.from_towers(
         small.vision_config if args.vision_tower is None else existing(args.vision_tower),
         small.text_config if args.text_tower is None else existing(args.text_tower),
-        # The others' features are as wide as the image tower.
-        **({"projection_dim": args.embed_dim} if args.model in ("clip", "cloob", "declip") else {}),
+        **{**width, **chosen},
     )
+
+
+def _overrides(config_class: Any, args: ModelArguments) -> dict[str, Any]:
+    """The fields of the config that --declip-weights and --config-overrides set, the latter's word being the last."""
+    found: dict[str, Any] = {}
+    if args.declip_weights is not None:
+        if args.model != "declip":
+            raise ValueError(f"--declip-weights needs --model declip; got {args.model}")
+        found.update(getattr(config_class, DECLIP_WEIGHTS[args.declip_weights]))
+    return {**found, **parse_overrides(config_class, args.config_overrides or ())}
+
+
+def parse_overrides(config_class: Any, overrides: Sequence[str]) -> dict[str, Any]:
+    """Fields of a config by name, from name=value; a value is JSON, or else a string.
+
+    Raises:
+        ValueError: there is no "=", or config_class has no such field, a tower's config not being one.
+    """
+    from transformers import PreTrainedConfig
+
+    common = {known.name for known in fields(PreTrainedConfig)} | {"vision_config", "text_config"}
+    names = sorted({known.name for known in fields(config_class)} - common)
+    found: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or name not in names:
+            raise ValueError(f"--config-overrides: expected name=value of {', '.join(names)}; got {override!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def existing(checkpoint: str) -> str:

@@ -36,6 +36,12 @@ class DataArguments:
         default=0.0,
         metadata={"help": "Strength of brightness, contrast and saturation jitter; DeCLIP's views have their own."},
     )
+    synonyms: str | None = field(
+        default=None,
+        metadata={
+            "help": "DeCLIP: a JSON file of words and lists of their synonyms, for its second view of a caption."
+        },
+    )
     cache_locked_features: str | None = field(
         default=None,
         metadata={
@@ -126,11 +132,16 @@ def _training_data(
     folder, crop = data_args.cache_locked_features, (data_args.crop_scale, 1.0)
     if folder is not None and name != "lit":
         raise ValueError(f"--cache-locked-features needs a locked tower, --model lit; got {name}")
+    if data_args.synonyms is not None and name != "declip":
+        raise ValueError(f"--synonyms needs --model declip, which rewrites captions; got {name}")
     if name == "declip":
         if data_args.jitter:
             raise ValueError(f"--jitter: DeCLIP's views have their own, expected 0; got {data_args.jitter}")
         views = data.two_views(data.moco_transform(side, scale=crop, flip=data_args.flip))
-        return pairs(views), data.TwoViewCollator(tokenizer, max_length=data_args.max_length, rewrite=data.EDA())
+        synonyms = None if data_args.synonyms is None else data.read_synonyms(data_args.synonyms)
+        return pairs(views), data.TwoViewCollator(
+            tokenizer, max_length=data_args.max_length, rewrite=data.EDA(synonyms=synonyms)
+        )
     if folder is None:
         transform = data.train_transform(side, scale=crop, flip=data_args.flip, jitter=data_args.jitter)
         return pairs(transform), data.Collator(tokenizer, max_length=data_args.max_length)

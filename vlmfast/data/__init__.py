@@ -4,7 +4,7 @@ Imports torch, numpy and PIL only; transformers is imported by `load_tokenizer`.
 """
 
 from vlmfast.data.dataset import ImageTextDataset, Sample
-from vlmfast.data.eda import EDA
+from vlmfast.data.eda import EDA, read_synonyms
 from vlmfast.data.feature_cache import FeatureCache, cache_features
 from vlmfast.data.sampler import EpochSampler
 from vlmfast.data.text import Collator, load_tokenizer
@@ -25,6 +25,7 @@ __all__ = [
     "eval_transform",
     "load_tokenizer",
     "moco_transform",
+    "read_synonyms",
     "train_transform",
     "two_views",
 ]

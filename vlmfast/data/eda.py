@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 
 import numpy as np
 
 OPERATIONS = ("replace", "insert", "swap", "delete")
+
+
+def read_synonyms(path: str | PathLike[str]) -> dict[str, list[str]]:
+    """The synonyms of a JSON file, {"car": ["automobile", "auto"], ...}, for `EDA`.
+
+    Raises:
+        ValueError: the file holds something else, or no word; the message names it.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"synonyms: expected a JSON file of words and their synonyms, {path} is none") from error
+    fits = isinstance(found, dict) and all(
+        isinstance(others, list) and others and all(isinstance(other, str) for other in others)
+        for others in found.values()
+    )
+    if not fits or not found:
+        raise ValueError(f"synonyms: expected words and a list of strings for each in {path}, got something else")
+    return found
 
 
 class EDA:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MODES = ("last", "all_prev", "group")
+MODES = ("last", "all_prev", "group", "next")
 
 
 class MediaState(NamedTuple):
@@ -47,25 +47,36 @@ def media_index(
     - "group": lo = the first of the media whose tokens follow one another without another token between, up to the last
       (Mllama).
 
+    And with hi = count at a medium's token, else count + 1,
+
+    - "next": lo = hi, the medium that comes next, none after the last one: Flamingo's augmentation of half of the
+      sequences in training, for text that comes before its image.
+
     Args:
         input_ids (B, L): integers.
         media_token_id: the token that stands for a medium.
-        mode: one of the three.
+        mode: one of the four.
         eos_id: tokens after this one see nothing until the next medium's token; the eos_id token itself still sees
             (IDEFICS). None: nothing ends.
-        num_media: media that each sample has, (B,) or one for all. None: not looked at.
+        num_media: media that each sample has, (B,) or one for all. None: not looked at, but by "next", which then takes
+            input_ids for the whole sequence.
         state: of the tokens before input_ids, as this function returned it; None: input_ids are the first.
     Returns:
         lo (B, L), hi (B, L): int32, on input_ids' device.
         state: to go on from.
     Raises:
         TypeError: input_ids are not integers: ids beyond 256 are no longer themselves in bfloat16.
-        ValueError: mode is not one of the three, a shape or device disagrees, or a sample has more tokens of media
-            than media, the last for CPU tensors outside torch.compile only: elsewhere tokens of media that are not
-            there see nothing, in mode "last", or nothing of them.
-    Source: open_flamingo, transformers' Idefics and Mllama.
+        ValueError: mode is not one of the four, or "next" with eos_id, or with state but without num_media; a shape or
+            device disagrees; or a sample has more tokens of media than media, the last for CPU tensors outside
+            torch.compile only: elsewhere tokens of media that are not there see nothing, in modes "last" and "next", or
+            nothing of them.
+    Source: open_flamingo, transformers' Idefics and Mllama; Alayrac et al. 2022 (Flamingo) for "next".
     """
     _check(input_ids, mode, num_media, state)
+    if mode == "next" and eos_id is not None:
+        raise ValueError(f"media_index: mode 'next' needs eos_id None; got {eos_id}")
+    if mode == "next" and state is not None and num_media is None:
+        raise ValueError("media_index: mode 'next' needs num_media beside state, as media to come are not in input_ids")
     if state is None:
         nothing = input_ids.new_zeros(input_ids.shape[0], dtype=torch.int32)
         state = MediaState(nothing, nothing, nothing.bool(), nothing.bool())
@@ -75,7 +86,10 @@ def media_index(
     after_media = torch.cat([state.in_group[:, None], is_media[:, :-1]], 1)
     starts = torch.where(is_media & ~after_media, count, state.first[:, None])
     first = starts.cummax(1).values
-    hi = count
+    hi = count + (~is_media).int() if mode == "next" else count
+    following = hi
+    if mode == "next" and num_media is None:
+        hi = torch.minimum(hi, count[:, -1:])
     closed = state.closed
     if eos_id is not None:
         is_eos = input_ids == eos_id
@@ -89,7 +103,7 @@ def media_index(
         closed = ended[:, -1]
     if num_media is not None:
         hi = _limited(count, hi, num_media)
-    lo = {"last": count, "all_prev": torch.ones_like(count), "group": first}[mode]
+    lo = {"last": count, "all_prev": torch.ones_like(count), "group": first, "next": following}[mode]
     return lo, hi, MediaState(count[:, -1], first[:, -1], is_media[:, -1], closed)
 
 

@@ -134,8 +134,11 @@ class PretrainingTrainer(Trainer):
                 steps, since = self.state.global_step - self._last_log[0], self._last_log[1]
                 logs["pairs_per_second"] = steps * self.get_total_train_batch_size(self.args) / (now - since)
             self._last_log = (self.state.global_step, now)
-            logit_scale = getattr(self.accelerator.unwrap_model(self.model), "logit_scale", None)
-            if isinstance(logit_scale, Tensor):
+            model = self.accelerator.unwrap_model(self.model)
+            temperature, logit_scale = (getattr(model, name, None) for name in ("temperature", "logit_scale"))
+            if isinstance(temperature, Tensor):
+                logs["temperature"] = temperature.item()
+            elif isinstance(logit_scale, Tensor):
                 logs["temperature"] = (-logit_scale.detach().float()).exp().item()
         super().log(logs, start_time)
 

@@ -8,7 +8,9 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmfast.models.contrastive.align import ALIGNConfig, ALIGNModel, DropConnect
+from vlmfast.models.contrastive.align import ALIGNConfig, ALIGNModel
+from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
+from vlmfast.models.contrastive.towers import DropConnect
 
 VOCAB, LENGTHS = 50, (12, 7, 3, 5, 9)
 VISION = {
@@ -104,8 +106,8 @@ def test_no_trained_layer_comes_after_the_images_mean() -> None:
         ALIGNConfig(vision_config=VISION, text_config=TEXT, projection_dim=32)
 
 
-def test_smoothing_keeps_the_loss_above_zero_and_balances_the_slopes() -> None:
-    """At a perfect match: the least over the scale is not 0, and the slopes of each row of logits sum to 0."""
+def test_smoothing_keeps_the_loss_above_zero() -> None:
+    """At a perfect match: the least over the scale is not 0, but it is in evaluation."""
     model = make().train()
     image = torch.eye(6, 24)
     losses = [model.loss(image, image, torch.tensor(t)).item() for t in (1.0, 0.5, 0.25, 0.2, 0.1, 0.05, 0.02)]
@@ -114,6 +116,32 @@ def test_smoothing_keeps_the_loss_above_zero_and_balances_the_slopes() -> None:
     for t, loss in zip((1.0, 0.25, 0.05), (losses[0], losses[2], losses[5]), strict=True):
         assert loss == pytest.approx(smoothed(image.double() @ image.double().T / t).item(), rel=1e-5)
     assert model.eval().loss(image, image, torch.tensor(0.02)).item() < 1e-6
+
+
+def test_the_slopes_of_smoothed_labels() -> None:
+    """Of a perfect match, certain of itself, in the logits: (0 - e / N) / N beside the pair, and rows sum to 0."""
+    model, rows, temperature = make().train(), 6, 0.02
+    image, text = torch.eye(rows, 24), torch.eye(rows, 24).requires_grad_()
+    (gradient,) = torch.autograd.grad(model.loss(image, text, torch.tensor(temperature)), text)
+    slopes = temperature * gradient[:, :rows].T  # of the logits (image, text), as images are a basis
+    torch.testing.assert_close(slopes.sum(1), torch.zeros(rows), rtol=0, atol=1e-6)
+    torch.testing.assert_close(slopes.sum(0), torch.zeros(rows), rtol=0, atol=1e-6)
+    others = ~torch.eye(rows, dtype=torch.bool)
+    torch.testing.assert_close(slopes[others], torch.full((30,), -0.1 / rows / rows), rtol=1e-4, atol=0)
+    (gradient,) = torch.autograd.grad(model.eval().loss(image, text, torch.tensor(temperature)), text)
+    assert gradient.abs().max() < 1e-6
+
+
+def test_smoothing_needs_no_second_pass_over_the_logits() -> None:
+    """The closed form: the mean of a row's logits is that of its anchor with the sum of all samples."""
+    model = make().train()
+    image, text = (F.normalize(torch.randn(7, 24), dim=-1) for _ in range(2))
+    x, t, scale, total = image.double(), text.double(), 1 / 0.2, 0.0
+    for a, b in ((x, t), (t, x)):
+        logits = scale * a @ b.T
+        means = scale * a @ b.sum(0) / len(b)
+        total += (logits.logsumexp(1) - 0.9 * logits.diagonal() - 0.1 * means).mean() / 2
+    assert model.loss(image, text, torch.tensor(0.2)).item() == pytest.approx(total.item(), rel=1e-6)
 
 
 def test_the_temperature_divides() -> None:
@@ -162,6 +190,33 @@ def test_drop_connect_drops_samples() -> None:
     assert len(found) == 3
     assert max(m.probability for m in found) > 0
     assert not any(isinstance(m, nn.Dropout) and m.p for m in make().vision_model.encoder.modules())
+
+
+@pytest.mark.parametrize("cls", [CLIPModel, ALIGNModel])
+def test_every_model_s_efficientnet_is_put_right(cls: type[CLIPModel]) -> None:
+    """transformers' own type too; of a ResNet, batch norms have the momentum that they had."""
+    tower = {**VISION, "model_type": "efficientnet", "hidden_dim": 1280}
+    text = {**TEXT, "model_type": "bert"}
+    model = cls(cls.config_class(vision_config=tower, text_config=text, projection_dim=1280)).train()
+    norms = [module.momentum for module in model.vision_model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms == [pytest.approx(0.01)] * len(norms)
+    assert sum(isinstance(module, DropConnect) for module in model.vision_model.modules()) == 3
+    pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    assert model.get_image_features(pixels).shape == (4, 1280)
+    resnet = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    other = CLIPModel(CLIPConfig(vision_config=resnet, text_config=text))
+    assert {m.momentum for m in other.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+def test_a_dropped_sample_leaves_its_block_as_it_came() -> None:
+    """In the tower, not the module alone: a block that drops gives back, sample by sample, what it was given."""
+    model = make().train()
+    block = next(b for b in model.vision_model.encoder.blocks if b.projection.apply_dropout)
+    block.projection.dropout.probability = 0.5
+    x = torch.randn(64, block.projection.project_bn.num_features, 8, 8)
+    same = (block(x) == x).flatten(1)
+    assert torch.equal(same.all(1), same.any(1))
+    assert 10 < same.all(1).sum() < 54
 
 
 def test_small_has_an_eighth_of_the_size_at_its_end() -> None:

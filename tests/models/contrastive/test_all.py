@@ -15,6 +15,8 @@ from vlmfast.cli.models import model_class
 from vlmfast.training.grad_cache import forward_backward
 
 NAMES = ("clip", "cloob", "align", "siglip")
+"""DeCLIP, whose batches have two views, and LiT have files of their own for what differs."""
+ALL = (*NAMES, "declip", "lit")
 EOS, PAD, VOCAB, LENGTHS = 1, 0, 50, (12, 7, 3, 5, 9)
 ROWS = [3, 2]
 
@@ -107,7 +109,7 @@ def test_mixed_precision(name: str) -> None:
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_checkpoints_are_bit_equal(name: str, tmp_path: Path) -> None:
     model = make(name)
     model.save_pretrained(tmp_path)
@@ -117,7 +119,7 @@ def test_checkpoints_are_bit_equal(name: str, tmp_path: Path) -> None:
     assert not loaded.training
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_bytes_are_normalised(name: str) -> None:
     model, pixels = make(name).eval(), batch()["pixel_values"]
     mean, std = (torch.tensor(values) for values in (model.config.image_mean, model.config.image_std))
@@ -125,7 +127,7 @@ def test_bytes_are_normalised(name: str) -> None:
     torch.testing.assert_close(model.get_image_features(pixels), model.get_image_features(floats), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_feature_does_not_depend_on_the_others_of_its_batch(name: str) -> None:
     """Padding and batch-mates, in evaluation."""
     model, inputs = make(name).eval(), batch()

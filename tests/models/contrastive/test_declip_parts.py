@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from vlmfast.models.contrastive import declip_parts
+from vlmfast.models.contrastive.declip import DeCLIPConfig
 from vlmfast.models.contrastive.declip_parts import (
     FeatureBank,
     GlobalBatchNorm1d,
@@ -37,6 +38,19 @@ class TestBank:
                 expected[number % size] = number
             assert torch.equal(bank.features, expected)
         assert bank.pushed == sum(pushes)
+
+    def test_of_the_paper_s_size_it_wraps_around(self) -> None:
+        """65,536 features of 70,000, pushed 1,000 at a time, of which 65,536 is no multiple."""
+        bank = FeatureBank(DeCLIPConfig.bank_size, 1)
+        assert len(bank.features) == 65536
+        keys = torch.arange(1.0, 70001)[:, None]
+        for part in keys.split(1000):
+            bank.push(part)
+        assert torch.equal(bank.features.sort(0).values, keys[-65536:])
+        bank.push(torch.tensor([[-1.0]]))
+        assert -1 in bank.features
+        assert keys[-65536] not in bank.features
+        assert keys[-65535] in bank.features
 
     @pytest.mark.parametrize("chunk", [5, 8, 1000])
     @pytest.mark.parametrize("pushed", [3, 16, 40])

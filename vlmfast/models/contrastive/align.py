@@ -21,9 +21,9 @@ Departures from the paper:
 Departures from transformers' AlignModel, whose checkpoints load:
 
 - It takes `batch_norm_momentum` 0.99, Keras' share of the old mean, for torch's share of the new one, so that running
-  statistics are those of the last batch; one of four norms has torch's default instead. Here all have 0.01. The same
-  holds for transformers' EfficientNet as a tower.
-- Its drop-connect drops single values; here whole samples of a block, as in EfficientNet.
+  statistics are those of the last batch; one of four norms has torch's default instead. Here all have 0.01.
+- Its drop-connect drops single values; here whole samples of a block, as in EfficientNet. Both hold for transformers'
+  EfficientNet as a tower of any model too.
 - It smoothes labels in evaluation too, and builds the (N, N) logits.
 - Its text tower has a pooler that nothing reads; here it is removed, since DDP stops at a parameter without gradient.
 """
@@ -35,7 +35,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 
@@ -172,7 +172,6 @@ class ALIGNModel(CLIPModel):
             self.text_model.register_module("pooler", None)
         del self.logit_scale
         self.temperature = nn.Parameter(torch.tensor(float(config.temperature_init_value)))
-        correct_efficientnet(self.vision_model)
         self.post_init()
 
     @torch.no_grad()
@@ -206,32 +205,3 @@ class ALIGNModel(CLIPModel):
     def after_optimizer_step(self) -> None:
         """Keep `temperature` at 0.01 or above, in place."""
         self.temperature.clamp_(min=MIN_TEMPERATURE)
-
-
-class DropConnect(nn.Module):
-    """In training each sample of x (B, ...) is 0 with the given probability, and else x / (1 - probability)."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
-            return x
-        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.probability
-        return x * kept / (1 - self.probability)
-
-
-def correct_efficientnet(tower: PreTrainedModel) -> None:
-    """Batch norms' momentum and drop-connect of transformers' EfficientNets as they are meant; others are left alone.
-
-    Source: Tan and Le 2019 (1905.11946) and its code; Huang et al. 2016 (1603.09382) for what is dropped.
-    """
-    momentum = getattr(tower.config, "batch_norm_momentum", None)
-    if momentum is None:
-        return
-    for module in tower.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1 - momentum
-        if isinstance(getattr(module, "project_bn", None), nn.BatchNorm2d) and isinstance(module.dropout, nn.Dropout):
-            module.dropout = DropConnect(module.dropout.p)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_utils import BaseImageProcessor
@@ -77,9 +77,42 @@ def small_bert(config_class: Any, width: int, layers: int, max_length: int, **to
 
 
 def new_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """A tower of random weights; EfficientNets are put right, see `correct_efficientnet`."""
     if config.model_type in TOWERS:
-        return TOWERS[config.model_type]._from_config(config)
-    return AutoModel.from_config(config)
+        tower = TOWERS[config.model_type]._from_config(config)
+    else:
+        tower = AutoModel.from_config(config)
+    correct_efficientnet(tower)
+    return tower
+
+
+class DropConnect(nn.Module):
+    """In training each sample of x (B, ...) is 0 with the given probability, and else x / (1 - probability)."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.probability
+        return x * kept / (1 - self.probability)
+
+
+def correct_efficientnet(tower: PreTrainedModel) -> None:
+    """Batch norms' momentum and drop-connect of transformers' EfficientNets as they are meant; others are left alone.
+
+    Source: Tan and Le 2019 (1905.11946) and its code; Huang et al. 2016 (1603.09382) for what is dropped.
+    """
+    momentum = getattr(tower.config, "batch_norm_momentum", None)
+    if momentum is None:
+        return
+    for module in tower.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1 - momentum
+        if isinstance(getattr(module, "project_bn", None), nn.BatchNorm2d) and isinstance(module.dropout, nn.Dropout):
+            module.dropout = DropConnect(module.dropout.p)
 
 
 def read_bytes(tower: PreTrainedModel, mean: Sequence[float], std: Sequence[float]) -> bool:
