@@ -36,6 +36,7 @@ pybind11::dict build_info() {
   info["compiler"] = __VERSION__;
 #ifdef VLMFAST_CUDA_ARCHS
   info["cuda_archs"] = VLMFAST_CUDA_ARCHS;
+  info["nvcc"] = VLMFAST_NVCC_VERSION;
 #else
   info["without_cuda"] = VLMFAST_WITHOUT_CUDA;
 #endif

@@ -18,7 +18,7 @@ __device__ float base(float top) { return top == minus_infinity() ? 0.0f : top; 
 // A warp has kRowsOfThread rows of the tile, a lane every 32nd column of them. A maximum per row and per column of the tile,
 // not one for all, keeps every sum away from 0 and infinity whatever the features' norms and the scale.
 __global__ void __launch_bounds__(kWarps* kWarp)
-    tile_sums_kernel(Logits logits, const float* scale2, float* row_partials, float* col_partials) {
+    info_nce_sums_kernel(Logits logits, const float* scale2, float* row_partials, float* col_partials) {
   VLMFAST_SHARED(float, across);  // (kWarps, kSumCols): of one warp's rows, what all warps' are to be reduced
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t row0 = int64_t(blockIdx.y) * kSumRows + warp * kRowsOfThread, col0 = int64_t(blockIdx.x) * kSumCols + lane;
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 }
 
 // Tops are integers, so the powers of two are exact.
-__global__ void merge_kernel(const float* partials, int64_t tiles, int64_t count, float* stats, int64_t total, int64_t first) {
+__global__ void info_nce_merge_kernel(const float* partials, int64_t tiles, int64_t count, float* stats, int64_t total,
+                                      int64_t first) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= count) return;
   float* own = stats + first + i;
@@ -120,7 +121,7 @@ __global__ void merge_kernel(const float* partials, int64_t tiles, int64_t count
 
 template <class Out>
 __global__ void __launch_bounds__(kSweepThreads)
-    gradient_kernel(Logits logits, const float* scale2, Sides sides, const float* kept_shift, Out* out) {
+    info_nce_gradient_kernel(Logits logits, const float* scale2, Sides sides, const float* kept_shift, Out* out) {
   const int64_t col = int64_t(blockIdx.x) * kSweepThreads + threadIdx.x;
   if (col >= logits.cols) return;
   const float scale = *scale2;
@@ -152,22 +153,22 @@ __global__ void __launch_bounds__(kSweepThreads)
 void info_nce_tile_sums(const Logits& logits, const float* scale2, float* row_partials, float* col_partials,
                         cudaStream_t stream) {
   const dim3 tiles(unsigned(ceil_div(logits.cols, kSumCols)), unsigned(ceil_div(logits.rows, kSumRows)));
-  launch(tile_sums_kernel, tiles, kWarps * kWarp, kWarps * kSumCols * sizeof(float), stream, logits, scale2, row_partials,
+  launch(info_nce_sums_kernel, tiles, kWarps * kWarp, kWarps * kSumCols * sizeof(float), stream, logits, scale2, row_partials,
          col_partials);
 }
 
 void info_nce_merge(const float* partials, int64_t tiles, int64_t count, float* stats, int64_t total, int64_t first,
                     cudaStream_t stream) {
-  launch(merge_kernel, unsigned(ceil_div(count, 128)), 128, 0, stream, partials, tiles, count, stats, total, first);
+  launch(info_nce_merge_kernel, unsigned(ceil_div(count, 128)), 128, 0, stream, partials, tiles, count, stats, total, first);
 }
 
 void info_nce_gradient(const Logits& logits, const float* scale2, const Sides& sides, const float* kept_shift, void* out,
                        Type out_type, cudaStream_t stream) {
   if (out_type == Type::float16)
-    launch(gradient_kernel<__half>, sweep_grid(logits), kSweepThreads, 0, stream, logits, scale2, sides, kept_shift,
+    launch(info_nce_gradient_kernel<__half>, sweep_grid(logits), kSweepThreads, 0, stream, logits, scale2, sides, kept_shift,
            static_cast<__half*>(out));
   else
-    launch(gradient_kernel<float>, sweep_grid(logits), kSweepThreads, 0, stream, logits, scale2, sides, kept_shift,
+    launch(info_nce_gradient_kernel<float>, sweep_grid(logits), kSweepThreads, 0, stream, logits, scale2, sides, kept_shift,
            static_cast<float*>(out));
 }
 

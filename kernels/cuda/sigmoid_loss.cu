@@ -15,7 +15,7 @@ __device__ double warp_sum(double x) {
 
 template <class Out>
 __global__ void __launch_bounds__(kSweepThreads)
-    chunk_kernel(Logits logits, const float* scale_, const float* bias_, double* sums, Out* out) {
+    sigmoid_loss_kernel(Logits logits, const float* scale_, const float* bias_, double* sums, Out* out) {
   constexpr int warps = kSweepThreads / kWarp;
   VLMFAST_SHARED(double, of_warps);  // (3, warps)
   const int64_t col = int64_t(blockIdx.x) * kSweepThreads + threadIdx.x, row0 = int64_t(blockIdx.y) * kBlockRows;
@@ -58,10 +58,10 @@ void sigmoid_loss_chunk(const Logits& logits, const float* scale, const float* b
                         cudaStream_t stream) {
   constexpr size_t shared = 3 * (kSweepThreads / kWarp) * sizeof(double);
   if (out_type == Type::float16)
-    launch(chunk_kernel<__half>, grid(logits), kSweepThreads, shared, stream, logits, scale, bias, sums,
+    launch(sigmoid_loss_kernel<__half>, grid(logits), kSweepThreads, shared, stream, logits, scale, bias, sums,
            static_cast<__half*>(out));
   else
-    launch(chunk_kernel<float>, grid(logits), kSweepThreads, shared, stream, logits, scale, bias, sums,
+    launch(sigmoid_loss_kernel<float>, grid(logits), kSweepThreads, shared, stream, logits, scale, bias, sums,
            static_cast<float*>(out));
 }
 

@@ -16,6 +16,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -106,15 +107,19 @@ struct Fiber {
   void* argument;
 };
 
+// Aligned as a GPU's shared memory is, and not a byte longer than asked for.
+struct AlignedDelete {
+  void operator()(unsigned char* memory) const { ::operator delete[](memory, std::align_val_t(128)); }
+};
+
 struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;  // they serve one block after the other
   Place scheduler;
   const void* scheduler_bottom = nullptr;
   size_t scheduler_bytes = 0;
   Fiber* running = nullptr;
-  std::unique_ptr<unsigned char[]> shared_storage;
+  std::unique_ptr<unsigned char[], AlignedDelete> shared;
   size_t shared_bytes = 0;
-  unsigned char* shared = nullptr;
   void (*body)(void*) = nullptr;
   void* body_argument = nullptr;
   std::exception_ptr error;
@@ -125,7 +130,7 @@ struct Block {
 inline Block block;
 inline std::mutex launches;
 
-inline unsigned char* shared_memory() { return block.shared; }
+inline unsigned char* shared_memory() { return block.shared.get(); }
 
 inline void before_switch([[maybe_unused]] Place& from, [[maybe_unused]] const void* bottom, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -213,7 +218,7 @@ inline bool release_warps(size_t threads) {
 }
 
 inline void run_block(size_t threads) {
-  if (block.shared) std::memset(block.shared, 0xff, block.shared_bytes);
+  if (block.shared) std::memset(block.shared.get(), 0xff, block.shared_bytes);
   for (size_t t = 0; t < threads; ++t) {
     Fiber& fiber = *block.fibers[t];
     fiber.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
@@ -258,9 +263,7 @@ void run(dim3 grid, dim3 threads_of_block, size_t shared_bytes, Body body) {
   block.seed = seed ? unsigned(std::strtoul(seed, nullptr, 10)) : 0;
   block.order.seed(block.seed);
   block.shared_bytes = shared_bytes;
-  block.shared_storage = shared_bytes ? std::make_unique<unsigned char[]>(shared_bytes + 127) : nullptr;
-  const auto address = reinterpret_cast<uintptr_t>(block.shared_storage.get());
-  block.shared = shared_bytes ? block.shared_storage.get() + (128 - address % 128) % 128 : nullptr;
+  block.shared.reset(shared_bytes ? new (std::align_val_t(128)) unsigned char[shared_bytes] : nullptr);
   while (block.fibers.size() < threads) add_fiber();
   block.body = [](void* argument) { (*static_cast<Body*>(argument))(); };
   block.body_argument = &body;
