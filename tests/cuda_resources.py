@@ -1,6 +1,6 @@
 """What the CUDA C++ kernels in the built extension use on every architecture, without a GPU.
 
-`python tests/cuda_resources.py` writes tests/kernels/cuda_resources.json; tests/kernels/test_cuda_resources.py compares.
+`python tests/cuda_resources.py` writes tests/kernels/cuda_resources.json, which test_cuda_resources.py there compares.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def table() -> dict[str, dict[str, dict[str, Any]]]:
-    """Architecture to kernel to registers, stack, spills (bytes), static shared memory, threads of a block, occupancy."""
+    """Of each architecture and kernel: registers, bytes of stack, spills and static shared memory, threads, occupancy."""
     threads = threads_of_blocks()
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for part in re.split(r"(?=arch = sm_)", dump("--dump-resource-usage")):

@@ -95,7 +95,11 @@ def test_no_kernel_goes_beyond_its_memory() -> None:
     ]
     environment = {**os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "cuda_results.py", module], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, ROOT / "tests" / "cuda_results.py", module],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.split()[-1] == "done"
