@@ -65,6 +65,30 @@ def test_gradients_equal_the_plain_step(chunk: int) -> None:
     assert cached.passes == 2 * -(-40 // chunk)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_parameters_of_the_loss_are_shared_features(chunk: int) -> None:
+    """Batch norms of the loss see the whole batch, and a feature that every chunk has counts once."""
+    plain, cached = Towers(), Towers()
+    for towers in (plain, cached):
+        towers.head = nn.Parameter(torch.ones(8))
+    cached.load_state_dict(plain.state_dict())
+    data = batch(40)
+
+    def encode(towers: Towers, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**towers(**part), "head": towers.head * 2}
+
+    def loss_of(features: dict[str, Tensor]) -> Tensor:
+        image = F.batch_norm(features["image_features"], None, None, weight=features["head"], training=True)
+        return CountedLoss()({**features, "image_features": F.normalize(image, dim=1)})
+
+    expected = loss_of(encode(plain, data))
+    expected.backward()
+    loss = forward_backward(lambda part: encode(cached, part), loss_of, data, chunk, shared=("head",))
+    torch.testing.assert_close(loss, expected.detach())
+    assert cached.head.grad.abs().min() > 0
+    assert_same_gradients(cached, plain)
+
+
 def test_gradients_accumulate() -> None:
     once, twice = Towers(), Towers()
     twice.load_state_dict(once.state_dict())

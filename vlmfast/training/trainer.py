@@ -63,7 +63,8 @@ class PretrainingTrainer(Trainer):
     """Trains any model whose forward returns an output with `loss`.
 
     With `cache_chunk` the model must also offer `model(**batch, return_loss=False)`, an output of named features, and
-    `model.loss(**features)`. `model.after_optimizer_step()` is called after each optimizer step where it exists.
+    `model.loss(**features)`. `model.shared_features`, where it exists, names features that do not depend on the batch;
+    0-dim ones need not be named. `model.after_optimizer_step()` is called after each optimizer step where it exists.
 
     Args:
         evaluator: the model to named scores, for eval_strategy; logged as eval_<name>.
@@ -113,6 +114,7 @@ class PretrainingTrainer(Trainer):
             lambda features: unwrapped.loss(**features) / self.current_gradient_accumulation_steps,
             self._prepare_inputs(inputs),
             self.args.cache_chunk,
+            shared=getattr(unwrapped, "shared_features", ()),
             backward=self.accelerator.backward,
             no_sync=functools.partial(self.accelerator.no_sync, model=model),
         )

@@ -265,8 +265,10 @@ class TestCheckpoints:
 
 
 class TestTraining:
-    def test_chunks_give_the_gradients_of_the_plain_step(self) -> None:
-        plain, inputs = filled(make(**NO_IMAGE_SSL)).train(), batch()
+    @pytest.mark.parametrize("weights", [DeCLIPConfig.RELEASED_WEIGHTS, NO_IMAGE_SSL])
+    def test_chunks_give_the_gradients_of_the_plain_step(self, weights: dict[str, float]) -> None:
+        """Batch norms see the whole batch, once."""
+        plain, inputs = filled(make(**weights)).train(), batch()
         cached = copy.deepcopy(plain)
         expected = plain(**inputs).loss
         expected.backward()
@@ -274,16 +276,12 @@ class TestTraining:
         def encode(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
             return dict(cached(**chunk, return_loss=False))
 
-        loss = forward_backward(encode, lambda features: cached.loss(**features), inputs, 4)
+        loss = forward_backward(
+            encode, lambda features: cached.loss(**features), inputs, 4, shared=cached.shared_features
+        )
         torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(gradients(cached), gradients(plain), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(cached.bank.state_dict(), plain.bank.state_dict())
-
-    def test_chunks_are_refused_where_batch_norm_needs_the_batch(self) -> None:
-        model = make()
-        with pytest.raises(ValueError, match=r"computed in chunks \(GradCache, .*image_ssl_weight 0.2: .*set it to 0"):
-            model.train()(**batch(), return_loss=False)
-        assert model.eval()(**batch(), return_loss=False).loss is None
+        torch.testing.assert_close(cached.state_dict(), plain.state_dict())
 
     def test_logit_scale_stays_between_its_bounds(self) -> None:
         model = make(logit_scale_min=3.0)
@@ -321,7 +319,7 @@ class TestTraining:
 ROWS, SEEDS = [4, 2], (0, 3)
 
 
-def _step_on_each_rank(rank: int, world_size: int, state: dict[str, Tensor], path: Path) -> None:
+def _step_on_each_rank(rank: int, world_size: int, state: dict[str, Tensor], path: Path, chunk: int | None) -> None:
     model = filled(make()).train()
     model.load_state_dict(state)
     wrapped = DistributedDataParallel(model)
@@ -329,18 +327,29 @@ def _step_on_each_rank(rank: int, world_size: int, state: dict[str, Tensor], pat
     for seed in SEEDS:
         part = {name: value.split(ROWS)[rank] for name, value in batch(seed).items()}
         model.zero_grad()
-        loss = wrapped(**part).loss
-        loss.backward()
+        if chunk is None:
+            loss = wrapped(**part).loss
+            loss.backward()
+        else:
+            loss = forward_backward(
+                lambda rows: {k: v for k, v in wrapped(**rows, return_loss=False).items() if v is not None},
+                lambda features: model.loss(**features),
+                part,
+                chunk,
+                shared=model.shared_features,
+                no_sync=wrapped.no_sync,
+            )
     loss = loss.detach().clone()
     dist.all_reduce(loss)
     torch.save((loss / world_size, gradients(model), model.state_dict()), path / f"{rank}.pt")
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """With 4 and 2 rows, other numbers of masked tokens, batch norms and a bank that wraps around."""
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_two_processes_equal_one(tmp_path: Path, chunk: int | None) -> None:
+    """With 4 and 2 rows, other numbers of masked tokens, batch norms and a bank that wraps around; in chunks too."""
     model = filled(make()).train()
     state = copy.deepcopy(model.state_dict())
-    run_processes(_step_on_each_rank, 2, state, tmp_path)
+    run_processes(_step_on_each_rank, 2, state, tmp_path, chunk)
     for seed in SEEDS:
         model.zero_grad()
         inputs = batch(seed)

@@ -71,7 +71,7 @@ def losses(trainer: PretrainingTrainer) -> list[float]:
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path, chunk: int | None) -> None:
     """The bank of 30 has wrapped around when the run stops; without it the losses that follow would differ."""
-    weights = {**DeCLIPConfig.RELEASED_WEIGHTS, **({"image_ssl_weight": 0.0} if chunk else {})}
+    weights = DeCLIPConfig.RELEASED_WEIGHTS
     whole = declip_trainer(data, tmp_path / "whole", weights, cache_chunk=chunk)
     whole.train()
     options = {"save_strategy": "steps", "save_steps": 2, "cache_chunk": chunk}
@@ -86,12 +86,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path, c
     assert losses(second) == losses(whole)
     torch.testing.assert_close(second.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     assert whole.model.bank.pushed == 80
-
-
-def test_chunks_with_image_self_supervision_are_refused(data: Path, tmp_path: Path) -> None:
-    trainer = declip_trainer(data, tmp_path, DeCLIPConfig.RELEASED_WEIGHTS, cache_chunk=3)
-    with pytest.raises(ValueError, match="batch norms of that term need the whole batch"):
-        trainer.train()
 
 
 def lit_trainer(data: Path, output_dir: Path, *, cached: bool, **options: object) -> PretrainingTrainer:

@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -104,7 +105,9 @@ class DeCLIPOutput(ModelOutput):
         loss (): float32, when `return_loss`.
         image_features, text_features (B, 2, D): unit-norm, float32, of both views.
         logit_scale (): the log-parameter.
-        image_projections, image_predictions (B, 2, P): z and p of both views.
+        image_embeddings (B, 2, D): of both views, not normalised: what the projector reads.
+        head_parameters (P,): those of projector and predictor, in a row. The loss has them from here, so that they are
+            trained in chunks (GradCache) too, over the whole batch.
         masked_token_loss, num_masked_tokens (B,): float32, summed cross-entropy and number of each row's masked tokens.
     """
 
@@ -112,8 +115,8 @@ class DeCLIPOutput(ModelOutput):
     image_features: Tensor | None = None
     text_features: Tensor | None = None
     logit_scale: Tensor | None = None
-    image_projections: Tensor | None = None
-    image_predictions: Tensor | None = None
+    image_embeddings: Tensor | None = None
+    head_parameters: Tensor | None = None
     masked_token_loss: Tensor | None = None
     num_masked_tokens: Tensor | None = None
 
@@ -126,6 +129,8 @@ class DeCLIPModel(CLIPModel):
 
     config: DeCLIPConfig
     base_model_prefix = "declip"
+    shared_features = ("head_parameters",)
+    """Features that do not depend on the batch, for GradCache."""
 
     def __init__(self, config: DeCLIPConfig) -> None:
         super().__init__(config)
@@ -184,17 +189,11 @@ class DeCLIPModel(CLIPModel):
             return_loss: False leaves the loss to a later call of `loss` on the features of the whole batch (GradCache).
 
         Raises:
-            ValueError: an input is missing or of another shape; or, in training with image_ssl_weight, return_loss is
-                False: the batch norms of that term need the whole batch.
+            ValueError: an input is missing or of another shape.
         """
         self._check_views(input_ids, pixel_values, attention_mask, mlm_labels)
         assert input_ids is not None
         assert pixel_values is not None
-        if self.training and not return_loss and self.projector is not None:
-            raise ValueError(
-                "DeCLIPModel: the step cannot be computed in chunks (GradCache, --cache-chunk) with image_ssl_weight "
-                f"{self.config.image_ssl_weight}: the batch norms of that term need the whole batch; set it to 0"
-            )
         rows = len(input_ids)
         images = self.visual_projection(self._pool_image(pixel_values.flatten(0, 1))).unflatten(0, (rows, 2))
         states, pooled = self._pool_text(
@@ -206,9 +205,9 @@ class DeCLIPModel(CLIPModel):
             "logit_scale": self.logit_scale.clone(),  # not the parameter, as in CLIPModel
         }
         if self.projector is not None and self.predictor is not None:
-            projections = [self.projector(view) for view in images.unbind(1)]
-            features["image_projections"] = torch.stack(projections, 1)
-            features["image_predictions"] = torch.stack([self.predictor(view) for view in projections], 1)
+            features["image_embeddings"] = images
+            parameters = [*self.projector.parameters(), *self.predictor.parameters()]
+            features["head_parameters"] = torch.cat([parameter.flatten() for parameter in parameters])
         if self.text_predictor is not None:
             assert mlm_labels is not None
             masked = mlm_labels != NOT_MASKED
@@ -236,8 +235,8 @@ class DeCLIPModel(CLIPModel):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor,
-        image_projections: Tensor | None = None,
-        image_predictions: Tensor | None = None,
+        image_embeddings: Tensor | None = None,
+        head_parameters: Tensor | None = None,
         masked_token_loss: Tensor | None = None,
         num_masked_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -259,8 +258,8 @@ class DeCLIPModel(CLIPModel):
         if config.multi_view_weight:
             pairs = [(images[0], texts[1]), (images[1], texts[0]), (images[1], texts[1])]
             terms["multi_view"] = torch.stack([contrast(*pair, scale) for pair in pairs]).mean()
-        if image_projections is not None and image_predictions is not None:
-            each = simsiam_loss(image_predictions, image_projections)
+        if image_embeddings is not None and head_parameters is not None:
+            each = simsiam_loss(*self._predictions_and_projections(image_embeddings, head_parameters))
             terms["image_ssl"] = each.sum() / _mean_over_ranks(each.new_tensor(len(each)))
         if masked_token_loss is not None and num_masked_tokens is not None:
             count = _mean_over_ranks(num_masked_tokens.sum())
@@ -268,6 +267,21 @@ class DeCLIPModel(CLIPModel):
         if self.bank is not None:
             terms["nearest_neighbor"] = self._nearest_neighbor_loss(images, text_features.detach(), scale)
         return terms
+
+    def _predictions_and_projections(self, image_embeddings: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """p and z (B, 2, P) of both views, each view a batch of its own for the batch norms."""
+        assert self.projector is not None
+        assert self.predictor is not None
+        named: list[dict[str, Tensor]] = []
+        for head in (self.projector, self.predictor):
+            sizes = [parameter.numel() for parameter in head.parameters()]
+            own, parameters = parameters[: sum(sizes)], parameters[sum(sizes) :]
+            parts = zip(head.named_parameters(), own.split(sizes), strict=True)
+            named.append({name: part.view_as(parameter) for (name, parameter), part in parts})
+        views = image_embeddings.to(named[0]["0.weight"].dtype).unbind(1)
+        projections = [functional_call(self.projector, named[0], (view,)) for view in views]
+        predictions = [functional_call(self.predictor, named[1], (view,)) for view in projections]
+        return torch.stack(predictions, 1), torch.stack(projections, 1)
 
     def _nearest_neighbor_loss(self, images: tuple[Tensor, ...], text_features: Tensor, scale: Tensor) -> Tensor:
         assert self.bank is not None
