@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 transformers = pytest.importorskip("transformers")
 
+from transformers.models.bridgetower import modeling_bridgetower  # noqa: E402
 from transformers.models.clip import modeling_clip  # noqa: E402
 from transformers.models.flava import modeling_flava  # noqa: E402
 from transformers.models.qwen2_vl import modeling_qwen2_vl  # noqa: E402
@@ -54,6 +55,16 @@ CASES = {
     "clip interpolated": Case(
         lambda: modeling_clip.CLIPVisionEmbeddings(transformers.CLIPVisionConfig(**SIZES)),
         stems.CLIPVisionEmbeddings,
+        [(True,)],
+        BIGGER,
+    ),
+    "bridgetower": Case(
+        lambda: modeling_bridgetower.BridgeTowerVisionEmbeddings(transformers.BridgeTowerVisionConfig(**SIZES)),
+        stems.BridgeTowerVisionEmbeddings,
+    ),
+    "bridgetower interpolated": Case(
+        lambda: modeling_bridgetower.BridgeTowerVisionEmbeddings(transformers.BridgeTowerVisionConfig(**SIZES)),
+        stems.BridgeTowerVisionEmbeddings,
         [(True,)],
         BIGGER,
     ),

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from vlmfast.integrations.rules import KINDS, Rule, rules_for
+from vlmfast.integrations.rules import KINDS, Rule, class_of, rules_for
+from vlmfast.nn._stem import reason_to_call
 
 STATE = "_vlmfast_patch"
+"""Attribute of a module whose forward or children were replaced: the list of those changes."""
 
 
 @dataclass
@@ -48,11 +50,29 @@ class _Change:
     name: str | None
     original: Any
 
+    def refused(self) -> str | None:
+        """Why it cannot be undone, or None."""
+        if self.name is None:
+            return None
+        replacement = self.parent._modules[self.name]
+        assert replacement is not None
+        kind = type(self.original).__name__
+        if _sharded(replacement) or getattr(replacement, "_is_fsdp_managed_module", False):
+            return f"the parameters of its {kind} were sharded (FSDP) since it was patched"
+        if dict(self.original.named_parameters()).keys() != dict(replacement.named_parameters()).keys():
+            return f"its {kind} has other parameters than when it was patched"
+        return None
+
     def undo(self) -> None:
         if self.name is None:
             del self.parent.__dict__["forward"]
             return
-        self.original.train(self.parent._modules[self.name].training)  # type: ignore[union-attr]
+        replacement = self.parent._modules[self.name]
+        assert replacement is not None
+        for name, parameter in replacement.named_parameters(remove_duplicate=False):
+            owner, _, leaf = name.rpartition(".")
+            self.original.get_submodule(owner)._parameters[leaf] = parameter
+        self.original.train(replacement.training)
         self.parent._modules[self.name] = self.original
 
 
@@ -63,7 +83,8 @@ def patch(model: nn.Module, *, only: Collection[str] | None = None) -> PatchRepo
     made before go on working, and keys of the state_dict do not change. Patching again replaces what has come since.
 
     Args:
-        model: a model, or open_clip's ClipLoss or SigLipLoss; DistributedDataParallel around it is looked into.
+        model: a model, or open_clip's ClipLoss, CoCaLoss or SigLipLoss; DistributedDataParallel or torch.compile may be
+            around it. Of what FSDP has sharded the losses are replaced, modules are not: patch those before.
         only: of "patch_embed" (stems of vision transformers), "cross_attention" (gated, of Flamingo and its kin) and
             "loss" (return_loss=True of two-tower models, which then give no logits); None: all.
     Returns:
@@ -79,44 +100,53 @@ def patch(model: nn.Module, *, only: Collection[str] | None = None) -> PatchRepo
         raise ValueError(f"patch: only must be of {', '.join(KINDS)}; got {', '.join(unknown)}")
     report = PatchReport(model)
     known = {rule.original: rule for rule in rules_for(model) if rule.kind in kinds}
-    changes: list[_Change] = model.__dict__.setdefault(STATE, [])
     new: dict[int, Any] = {}
+    replaced: list[nn.Module] = []
     for name, module, parents in list(_candidates(model, known)):
-        rule = known[type(module)]
-        replaced = [change.original for change in changes]
+        rule, kind = known[class_of(module)], class_of(module).__name__
         if any(parent in replaced or type(parent).__module__.startswith("vlmfast.nn") for parent in parents):
+            continue
+        if any(change.name is None for change in module.__dict__.get(STATE, [])):
             continue
         try:
             if id(module) not in new:
                 new[id(module)] = _replacement(rule, module, parents)
         except (TypeError, ValueError) as error:
-            report.left.append((name, type(module).__name__, str(error)))
+            report.left.append((name, kind, str(error)))
             continue
         replacement = new[id(module)]
         if rule.kind == "loss":
             module.__dict__["forward"] = replacement
-            changes.append(_Change(module, None, None))
-            report.replaced.append((name, type(module).__name__, "forward without the logits"))
+            module.__dict__.setdefault(STATE, []).append(_Change(module, None, None))
+            report.replaced.append((name, kind, "forward without the logits"))
             continue
         replacement.train(module.training)
         leaf = name.rpartition(".")[2]
-        changes.append(_Change(parents[-1], leaf, module))
+        parents[-1].__dict__.setdefault(STATE, []).append(_Change(parents[-1], leaf, module))
         parents[-1]._modules[leaf] = replacement
-        kind = type(replacement)
-        report.replaced.append((name, type(module).__name__, f"{kind.__module__}.{kind.__qualname__}"))
+        replaced.append(module)
+        now = type(replacement)
+        report.replaced.append((name, kind, f"{now.__module__}.{now.__qualname__}"))
     return report
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undoes every `patch` of the model; nothing happens to one that was not patched.
+    """Undoes every `patch` of the model, or of what is in it; nothing happens to one that was not patched.
+
+    Parameters stay those that the model has now, also where they were replaced since (load_state_dict with assign).
 
     Raises:
         TypeError: model is not a module.
+        ValueError: something that was replaced was sharded or got other parameters since; nothing is undone then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model must be a torch.nn.Module; got {type(model).__name__}")
-    for change in reversed(model.__dict__.pop(STATE, [])):
+    changes = {id(change): change for module in model.modules() for change in module.__dict__.get(STATE, [])}
+    if reason := next(filter(None, (change.refused() for change in changes.values())), None):
+        raise ValueError(f"unpatch: {reason}")
+    for change in reversed(changes.values()):
         change.undo()
+        change.parent.__dict__.pop(STATE, None)
 
 
 def _candidates(
@@ -126,7 +156,7 @@ def _candidates(
     places: list[tuple[str, nn.Module, list[nn.Module]]] = [("", model, [])]
     while places:
         name, module, parents = places.pop()
-        if type(module) in known:
+        if class_of(module) in known:
             yield name, module, parents
         inner = [(f"{name}.{leaf}" if name else leaf, child) for leaf, child in module.named_children()]
         places += [(path, child, [*parents, module]) for path, child in reversed(inner)]
@@ -137,9 +167,7 @@ def _replacement(rule: Rule, module: nn.Module, parents: list[nn.Module]) -> Any
         raise ValueError("its forward was replaced")
     if rule.kind == "loss":
         return rule.replace(module)
-    if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()) or any(
-        type(parent).__name__ == "FullyShardedDataParallel" for parent in [*parents, module]
-    ):
+    if _sharded(module) or any(type(parent).__name__ == "FullyShardedDataParallel" for parent in parents):
         raise ValueError("its parameters are sharded (FSDP): patch before sharding")
     if not parents:
         raise ValueError("it is the model itself, and only what is inside of it can be replaced")
@@ -148,8 +176,16 @@ def _replacement(rule: Rule, module: nn.Module, parents: list[nn.Module]) -> Any
         module._state_dict_hooks, module._load_state_dict_pre_hooks,
     )  # fmt: skip
     own = type(module).__name__
+    # Stems know which of their submodules they do not call; the others call few of theirs.
+    inner = [] if rule.kind == "patch_embed" else list(module.modules())[1:]
+    if reason := next(filter(None, map(reason_to_call, inner)), None):
+        raise ValueError(reason)
     replacement = rule.replace(module)
     shared = replacement._forward_hooks is module._forward_hooks
     if any(hooks) and not shared:
         raise ValueError(f"the {own} has hooks, which would be lost")
     return replacement
+
+
+def _sharded(module: nn.Module) -> bool:
+    return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())

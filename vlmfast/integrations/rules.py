@@ -29,9 +29,15 @@ class Rule:
     replace: Callable[[Any], Any]
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; that which it had, if fully_shard gave it one made of FSDPModule and that."""
+    bases = type(module).__bases__
+    return bases[1] if bases[0].__name__ == "FSDPModule" else type(module)
+
+
 def rules_for(model: nn.Module) -> Iterator[Rule]:
     """The rules of the libraries that classes in the model come from."""
-    libraries = {type(module).__module__.split(".")[0] for module in model.modules()}
+    libraries = {class_of(module).__module__.split(".")[0] for module in model.modules()}
     for library, rules in LIBRARIES.items():
         if library in libraries:
             yield from rules()
@@ -41,11 +47,10 @@ def _transformers() -> Iterator[Rule]:
     stems = import_module("vlmfast.nn.transformers")
     for name in (
         "CLIPVisionEmbeddings", "SiglipVisionEmbeddings", "Siglip2VisionEmbeddings", "ViTPatchEmbeddings",
-        "ViTEmbeddings", "FlavaImageEmbeddings", "Qwen2VLPatchEmbed",
+        "ViTEmbeddings", "FlavaImageEmbeddings", "BridgeTowerVisionEmbeddings", "Qwen2VLPatchEmbed",
     ):  # fmt: skip
         stem = getattr(stems, name)
         yield Rule("patch_embed", stem._replaces(), stem.from_original)
-    yield _left("patch_embed", "transformers.models.bridgetower.modeling_bridgetower", "BridgeTowerVisionEmbeddings")
     cross = import_module("vlmfast.nn.transformers_cross_attention")
     for name, options in (
         ("IdeficsGatedCrossAttentionLayer", {}),
@@ -60,8 +65,14 @@ def _transformers() -> Iterator[Rule]:
         ("siglip", "SiglipModel", _sigmoid),
         ("siglip2", "Siglip2Model", _sigmoid),
     ):
-        original = getattr(import_module(f"transformers.models.{module}.modeling_{module}"), name)
-        yield Rule("loss", original, partial(_WithoutLogits, loss=loss))
+        library = import_module(f"transformers.models.{module}.modeling_{module}")
+        original = getattr(library, name)
+        output = library.CLIPOutput if original.__name__.startswith("VisionText") else _output_class(original)
+        yield Rule("loss", original, partial(_WithoutLogits, loss=loss, output=output))
+    many = "its contrastive loss is one of several inside of its forward; use vlmfast.ops.info_nce on its features"
+    yield _left("loss", "transformers.models.flava.modeling_flava", "FlavaForPreTraining", many)
+    bridge = "transformers.models.bridgetower.modeling_bridgetower"
+    yield _left("loss", bridge, "BridgeTowerForContrastiveLearning", many)
 
 
 def _open_clip() -> Iterator[Rule]:
@@ -86,12 +97,14 @@ def _open_clip() -> Iterator[Rule]:
 
     yield Rule("loss", losses.ClipLoss, clip_loss)
     yield Rule("loss", losses.SigLipLoss, siglip_loss)
+    yield Rule("loss", losses.CoCaLoss, lambda loss: _CoCaLoss(loss, clip_loss(loss)))
+    yield _left("loss", "open_clip.loss", "DistillClipLoss", "it compares the logits themselves with the teacher's")
 
 
 def _timm() -> Iterator[Rule]:
     stem = import_module("vlmfast.nn").PatchEmbed
     yield Rule("patch_embed", stem._replaces(), stem.from_original)
-    yield _left("patch_embed", "timm.models.naflexvit", "NaFlexEmbeds")
+    yield _left("patch_embed", "timm.models.naflexvit", "NaFlexEmbeds", "there is no replacement for it yet")
 
 
 def _flamingo(module_name: str) -> Callable[[], Iterator[Rule]]:
@@ -119,11 +132,11 @@ LIBRARIES: dict[str, Callable[[], Iterator[Rule]]] = {
 }
 
 
-def _left(kind: str, module: str, name: str) -> Rule:
+def _left(kind: str, module: str, name: str, reason: str) -> Rule:
     """A part that people may expect to be replaced, and is not."""
 
     def refuse(original: Any) -> Any:
-        raise ValueError("there is no replacement for it yet")
+        raise ValueError(reason)
 
     return Rule(kind, getattr(import_module(module), name), refuse)
 
@@ -151,6 +164,26 @@ def _sigmoid(model: Any, image: Tensor, text: Tensor) -> Tensor:
     return sigmoid_loss(image, text, scale.exp(), bias)
 
 
+class _CoCaLoss:
+    """The forward of open_clip's CoCaLoss with the contrastive part by our ClipLoss; the captions' is open_clip's."""
+
+    def __init__(self, loss: Any, contrastive: Callable[..., Tensor]) -> None:
+        self.loss, self.contrastive = loss, contrastive
+        self.__signature__ = inspect.signature(loss.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        loss, logits = self.loss, given["logits"]
+        clip_loss = torch.tensor(0, device=logits.device)
+        if loss.clip_loss_weight:
+            features = given["image_features"], given["text_features"], given["logit_scale"]
+            clip_loss = loss.clip_loss_weight * self.contrastive(*features)
+        caption_loss = loss.caption_loss_weight * loss.caption_loss(logits.permute(0, 2, 1), given["labels"])
+        if given.get("output_dict"):
+            return {"contrastive_loss": clip_loss, "caption_loss": caption_loss}
+        return clip_loss, caption_loss
+
+
 class _WithoutLogits:
     """The forward of one of transformers' two-tower models; with return_loss=True it does not build (N, N) logits.
 
@@ -158,8 +191,8 @@ class _WithoutLogits:
     both logits. Anything else, return_dict=False too, is the original's forward.
     """
 
-    def __init__(self, model: Any, loss: Loss) -> None:
-        self.model, self.loss = model, loss
+    def __init__(self, model: Any, loss: Loss, output: Any) -> None:
+        self.model, self.loss, self.output = model, loss, output
         signature = inspect.signature(type(model).forward)
         # transformers' Trainer chooses a dataset's columns by the forward's argument names.
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -180,7 +213,7 @@ class _WithoutLogits:
             passed = {name: value for name, value in given.items() if name not in others}
             outputs[side] = self.encoders[side](**passed)
         image, text = (_unit(outputs[side]) for side in ("image", "text"))
-        return _output_class(model)(
+        return self.output(
             loss=self.loss(model, image, text),
             image_embeds=image,
             text_embeds=text,
@@ -199,9 +232,6 @@ def _model_output(output: Any) -> Any:
     return None if isinstance(output, Tensor) else output
 
 
-def _output_class(model: Any) -> Any:
-    module = inspect.getmodule(type(model))
-    name = {"VisionTextDualEncoderModel": "CLIPOutput"}.get(
-        type(model).__name__, type(model).__name__.replace("Model", "Output")
-    )
-    return getattr(module, name)
+def _output_class(model: type[nn.Module]) -> Any:
+    """CLIPOutput of CLIPModel, and so on."""
+    return getattr(inspect.getmodule(model), model.__name__.replace("Model", "Output"))

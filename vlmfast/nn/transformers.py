@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.bridgetower import modeling_bridgetower
 from transformers.models.clip import modeling_clip
 from transformers.models.flava import modeling_flava
 from transformers.models.qwen2_vl import modeling_qwen2_vl
@@ -28,8 +29,8 @@ from vlmfast.nn.position import interpolate_position, interpolate_position_per_i
 from vlmfast.ops import _patches
 
 
-class CLIPVisionEmbeddings(Stem, modeling_clip.CLIPVisionEmbeddings):
-    """transformers' CLIPVisionEmbeddings: patches, class token, positions."""
+class _ClassTokenStem(Stem):
+    """CLIP's stem and BridgeTower's: patches, class token, positions."""
 
     def _not_called(self) -> Sequence[nn.Module]:
         return self.patch_embedding, self.position_embedding
@@ -51,6 +52,14 @@ class CLIPVisionEmbeddings(Stem, modeling_clip.CLIPVisionEmbeddings):
         if interpolate_pos_encoding:
             position = _interpolated(position, images, conv.weight, size, prefix_tokens=1)
         return self._embed(images, conv.weight, conv.bias, prefix=self.class_embedding[None], position=position)
+
+
+class CLIPVisionEmbeddings(_ClassTokenStem, modeling_clip.CLIPVisionEmbeddings):
+    """transformers' CLIPVisionEmbeddings: patches, class token, positions."""
+
+
+class BridgeTowerVisionEmbeddings(_ClassTokenStem, modeling_bridgetower.BridgeTowerVisionEmbeddings):
+    """transformers' BridgeTowerVisionEmbeddings: patches, class token, positions."""
 
 
 class SiglipVisionEmbeddings(Stem, modeling_siglip.SiglipVisionEmbeddings):
