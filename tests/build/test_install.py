@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import email
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,86 @@ def test_the_package_holds_its_data(checkout: Path, tmp_path: Path) -> None:
     kernels = {f"vlmfast/kernels/{p.name}" for p in (checkout / "kernels" / "triton").glob("*.py")}
     assert kernels
     assert packaged == kernels | {str(p.relative_to(checkout)) for p in (checkout / "vlmfast").rglob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution of the checkout, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    program = f"from setuptools import build_meta; print(build_meta.build_sdist({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def test_the_source_distribution_holds_what_a_build_reads(checkout: Path, sdist: Path, tmp_path: Path) -> None:
+    folders = [checkout / name for name in ("csrc", "kernels", "vlmfast")]
+    needed = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    needed += [checkout / name for name in ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py")]
+    for path in needed:
+        copied = sdist / path.relative_to(checkout)
+        assert copied.exists(), copied
+        assert copied.read_bytes() == path.read_bytes()
+    assert not list(sdist.rglob("*.so"))
+    for folder, source in (("of the sdist", sdist), ("of the checkout", checkout)):
+        install(source, tmp_path / folder, VLMFAST_NO_EXT="1")
+    installed = [
+        {path.relative_to(tmp_path / folder) for path in (tmp_path / folder).rglob("*") if path.suffix != ".pyc"}
+        for folder in ("of the sdist", "of the checkout")
+    ]
+    assert installed[0] == installed[1]
+
+
+FRESH = """
+import torch, vlmfast
+from pathlib import Path
+print(Path(vlmfast.__file__).parent)
+model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+assert not vlmfast.patch(model).replaced
+x = model(torch.randn(4, 8))
+vlmfast.ops.info_nce(x, x, 2.0).backward()
+"""
+EXTRAS = {"train", "bench", "detection", "docs", "dev"}
+
+
+def test_the_wheel_works_in_a_fresh_environment(checkout: Path, tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--no-input"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    steps = [
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(checkout)],
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")],
+    ]
+    for step in steps:
+        done = subprocess.run(
+            step, capture_output=True, text=True, check=False, env={**environment, "VLMFAST_NO_EXT": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "vlmfast/py.typed" in archive.namelist()
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        described = email.message_from_bytes(archive.read(name))
+    assert set(described.get_all("Provides-Extra")) == EXTRAS
+    assert "torch>=2.9" in described.get_all("Requires-Dist")
+    python = tmp_path / "venv" / "bin" / "python"
+    done = subprocess.run(
+        [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Torch and the rest from here, without the .pth files, and so without the editable install of the checkout.
+    environment["PYTHONPATH"] = str(Path(torch.__file__).parents[1])
+    for command in (
+        [str(python), "-c", FRESH],
+        [str(python), "-m", "vlmfast", "--help"],
+        [str(tmp_path / "venv" / "bin" / "vlmfast"), "--help"],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        expected = str(tmp_path / "venv") if "-c" in command else "train"
+        assert expected in done.stdout
 
 
 def test_a_required_extension_that_cannot_be_built_is_an_error(checkout: Path, tmp_path: Path) -> None:
