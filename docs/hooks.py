@@ -1,7 +1,7 @@
 """What mkdocs does not do by itself: linked files of the repository become files of the site; docstrings become text.
 
-A line `::: vlmfast.module.name` becomes the docstring of the object, of its own public methods too, as it stands in the
-code: shapes and dtypes are laid out for reading there.
+A line `::: supported` becomes the tables of docs/supported.py. A line `::: vlmfast.module.name` becomes the docstring of
+the object, of its own public methods too, as it stands in the code: shapes and dtypes are laid out for reading there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import runpy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def described(path: str) -> str:
+    if path == "supported":
+        tables: str = runpy.run_path(str(ROOT / "docs" / "supported.py"))["page"]()
+        return tables
     found = resolve(path)
     if isinstance(found, ModuleType):
         return f"## {path}\n\n```text\n{inspect.getdoc(found)}\n```\n"

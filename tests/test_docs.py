@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from vlmfast import ops
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -38,6 +43,35 @@ def test_links_lead_somewhere(name: str) -> None:
             assert anchor in anchors(file), link
 
 
+def backends_of() -> dict[str, list[str]]:
+    modules = {name: sys.modules.get(f"vlmfast.ops.{name}") for name in ops.__all__}
+    return {name: list(module.IMPLS) for name, module in modules.items() if hasattr(module, "IMPLS")}
+
+
+def test_the_matrix_has_every_op_and_says_what_its_backends_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    supported = runpy.run_path(str(ROOT / "docs" / "supported.py"))
+    expected = backends_of()
+    assert supported["VARIANTS"].keys() == expected.keys()
+    square = supported["VARIANTS"]["sigmoid_loss"]["square"]
+    found = supported["backends"]("sigmoid_loss", square, torch.float16)
+    assert found == {
+        "CPU": [name for name in expected["sigmoid_loss"] if name in ("cpu", "torch")],
+        "GPU": [name for name in expected["sigmoid_loss"] if name != "cpu"],
+    }
+    assert supported["cell"]("sigmoid_loss", square, torch.float64) == "raises TypeError"
+    heads = supported["VARIANTS"]["media_attention"]["heads of 256"]
+    assert "triton" not in supported["backends"]("media_attention", heads, torch.float16)["GPU"]
+
+    def refuses(first: torch.Tensor, *args: object) -> str | None:
+        return "float16 is not" if first.dtype == torch.float16 else None
+
+    impls = sys.modules["vlmfast.ops.sigmoid_loss"].IMPLS
+    monkeypatch.setitem(impls, "cpu", dataclasses.replace(impls["cpu"], unsupported=refuses))
+    assert "cpu" not in supported["backends"]("sigmoid_loss", square, torch.float16)["CPU"]
+    assert "cpu" in supported["backends"]("sigmoid_loss", square, torch.float32)["CPU"]
+
+
 def test_the_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     done = subprocess.run(
@@ -48,4 +82,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     ops = (tmp_path / "api" / "ops" / "index.html").read_text()
     assert "InfoNCE" in ops
     assert "Raises:" in ops
+    matrix = (tmp_path / "supported" / "index.html").read_text()
+    for op in backends_of():
+        assert re.search(rf"<h3[^>]*>{op}", matrix), op
     assert (tmp_path / "bench" / "results" / "info_nce_sizes_epyc_zen5_2_cores.png").stat().st_size > 1000
