@@ -66,6 +66,21 @@ def test_fields_of_a_checkpoint_and_of_a_config_file(tmp_path: Path) -> None:
     assert model.projector is not None
 
 
+def test_declip_goes_on_from_a_clip_that_knows_no_mask_token(tmp_path: Path) -> None:
+    build("clip").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer()
+    words = len(tokenizer)
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    for options in ({"pretrained": str(tmp_path)}, {"text_tower": str(tmp_path)}):
+        model = build_model(ModelArguments(model="declip", **{**TINY, **options}), tokenizer, 12)
+        assert model.config.text_config.vocab_size == model.text_predictor.out_features == words + 1
+    tokenizer.add_tokens(["<|another|>"])
+    with pytest.raises(
+        ValueError, match=f"--tokenizer has {words + 2} tokens, more than the {words} of the text tower"
+    ):
+        build_model(ModelArguments(model="declip", pretrained=str(tmp_path)), tokenizer, 12)
+
+
 def test_presets_of_declips_weights() -> None:
     assert set(DECLIP_WEIGHTS) == {"released", "released-88m-vit", "paper"}
     for preset, name in DECLIP_WEIGHTS.items():

@@ -78,6 +78,9 @@ def build_model(args: ModelArguments, tokenizer: Any, max_length: int) -> Any:
     except StrictDataclassError as error:  # neither a ValueError nor a TypeError
         raise ValueError(f"--model {args.model}: {' '.join(str(error).split())}") from error
     vocabulary = model.config.text_config.vocab_size
+    if args.model == "declip" and tokenizer.mask_token_id == vocabulary == len(tokenizer) - 1:
+        model.resize_vocabulary(len(tokenizer))  # of a tower that was trained without masks
+        return model
     if len(tokenizer) > vocabulary:
         raise ValueError(f"--tokenizer has {len(tokenizer)} tokens, more than the {vocabulary} of the text tower")
     return model

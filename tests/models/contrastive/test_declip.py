@@ -250,6 +250,30 @@ class TestCheckpoints:
         assert (model.projector[1].running_var == 1).all()
         assert model.train()(**batch()).loss.isfinite()
 
+    @pytest.mark.parametrize("eos", [EOS, 2])
+    def test_a_mask_token_is_added_to_a_clip(self, tmp_path: Path, eos: int) -> None:
+        """Texts without it have the features that they had, also of a tower that pools at the highest id."""
+        config = towers()
+        config["text_config"].update(vocab_size=MASK, eos_token_id=eos)
+        CLIPModel(CLIPConfig(**config)).save_pretrained(tmp_path)
+        clip = CLIPModel.from_pretrained(tmp_path)
+        model = DeCLIPModel.from_pretrained(tmp_path, bank_size=20, ssl_dim=16)
+        before = model.text_predictor.weight.clone()
+        model.resize_vocabulary(VOCAB)
+        ids, mask = batch()["input_ids"][:, 1], batch()["attention_mask"][:, 1]
+        torch.testing.assert_close(model.get_text_features(ids, mask), clip.get_text_features(ids, mask))
+        assert torch.equal(model.text_predictor.weight[:MASK], before)
+        table = model.text_model.get_input_embeddings().weight
+        torch.testing.assert_close(table[MASK], clip.text_model.get_input_embeddings().weight.mean(0))
+        model.train()(**batch()).loss.backward()
+        assert set(gradients(model)) == {n for n, _ in model.named_parameters() if "patch_embedding" not in n}
+        model.save_pretrained(tmp_path / "larger")
+        again, info = DeCLIPModel.from_pretrained(tmp_path / "larger", output_loading_info=True)
+        assert not {key: value for key, value in info.items() if value}
+        assert torch.equal(again(**batch()).text_features, model.eval()(**batch()).text_features)
+        with pytest.raises(ValueError, match="size: expected at least the 51 tokens that there are, got 50"):
+            model.resize_vocabulary(MASK)
+
     def test_the_patch_embedding_stays_frozen(self, tmp_path: Path) -> None:
         model = make()
         model.save_pretrained(tmp_path)

@@ -50,7 +50,7 @@ from vlmfast import distributed
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
 from vlmfast.models.contrastive.declip_parts import FeatureBank, predictor, projector, simsiam_loss
 from vlmfast.models.contrastive.gathered import Shards
-from vlmfast.models.contrastive.towers import CLIPVisionModel
+from vlmfast.models.contrastive.towers import CLIPTextModel, CLIPVisionModel
 from vlmfast.nn import ClipLoss
 
 NOT_MASKED = -100
@@ -167,6 +167,38 @@ class DeCLIPModel(CLIPModel):
         elif isinstance(module, FeatureBank):
             init.zeros_(module.features)
             init.zeros_(module.pushed)
+
+    @torch.no_grad()
+    def resize_vocabulary(self, size: int) -> None:
+        """Makes room for tokens at the end, such as the mask token that CLIP's tokenizers lack; what was there stays.
+
+        Embeddings of new tokens are the mean of all. A CLIP tower that pools at the highest id, as OpenAI's do, pools
+        at that id from now on.
+
+        Args:
+            size: of the new vocabulary.
+        Raises:
+            ValueError: it is smaller than what there is.
+        """
+        text_config, old = self.config.text_config, self.text_model.get_input_embeddings()
+        rows = old.num_embeddings
+        if size < rows:
+            raise ValueError(f"size: expected at least the {rows} tokens that there are, got {size}")
+        new = nn.Embedding(size, old.embedding_dim, old.padding_idx, device=old.weight.device, dtype=old.weight.dtype)
+        new.weight.copy_(torch.cat([old.weight, old.weight.mean(0).expand(size - rows, -1)]))
+        self.text_model.set_input_embeddings(new.requires_grad_(old.weight.requires_grad))
+        if self.text_predictor is not None:
+            head = self.text_predictor
+            self.text_predictor = nn.Linear(head.in_features, size, device=head.weight.device, dtype=head.weight.dtype)
+            self._init_weights(self.text_predictor)
+            self.text_predictor.weight[:rows] = head.weight
+            self.text_predictor.bias[:rows] = head.bias
+        configs = (text_config, self.text_model.config)
+        for config in configs:
+            config.vocab_size = size
+        if isinstance(self.text_model, CLIPTextModel) and text_config.eos_token_id == 2:
+            for holder in (*configs, self.text_model):
+                holder.eos_token_id = rows - 1
 
     @can_return_tuple
     def forward(
