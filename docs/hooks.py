@@ -1,7 +1,7 @@
 """What mkdocs does not do by itself: linked files of the repository become files of the site; docstrings become text.
 
-A line `::: supported` becomes the tables of docs/supported.py. A line `::: vlmfast.module.name` becomes the docstring of
-the object, of its own public methods too, as it stands in the code: shapes and dtypes are laid out for reading there.
+A line `::: supported` becomes the tables of docs/supported.py. A line `::: vlmfast.module.name` becomes the docstring
+of the object, of its own public methods too, as it stands in the code: shapes and dtypes are laid out for reading so.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _before(rank: int, world_size: int, wrapper: str) -> None:
     vlmfast.patch(model)
     wrapped = WRAPPERS[wrapper](model)
     assert type(model.vision_model.embeddings).__module__ == "vlmfast.nn.transformers"
-    # Before all else: fully_shard trains amiss after a forward that no backward follows, patched or not.
+    # Before all else: an optimizer made after a forward without a backward holds what fully_shard has not resharded.
     assert train(wrapped, inputs) == pytest.approx(train(original, inputs), rel=1e-4)
     assert not gives_logits(wrapped, inputs)
     if wrapper == "ddp":
