@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "../../kernels/cuda/logits.h"
 #include "device.h"
@@ -33,7 +32,7 @@ class Chunks {
   // Of what a gradient of the logits is multiplied by.
   double gradient_scale() const { return product == at::kHalf ? kGradientScale : 1.0; }
 
-  // f(logits, dots) for each square of dot products, dots (rows, cols) holding them, in an order that is always the same.
+  // f(logits) for each square of dot products, in an order that is always the same.
   // `kept` (n, m), unless it is empty, holds them already, or is to receive them.
   enum class Kept { none, read, write };
   template <class F>
@@ -50,14 +49,16 @@ class Chunks {
         }
         const Logits logits = {dots.const_data_ptr<float>(), dots.stride(0), i, j, rows, cols, codes(row_codes_),
                                codes(col_codes_), label_offset_};
-        f(logits, dots);
+        f(logits);
       }
   }
 
   // d_image rows += gradient times text, d_text rows += gradient transposed times image; where they are defined.
-  void add_gradients(const Logits& logits, const at::Tensor& gradient, const at::Tensor& d_image, const at::Tensor& d_text) const {
+  void add_gradients(const Logits& logits, const at::Tensor& gradient, const at::Tensor& d_image,
+                     const at::Tensor& d_text) const {
     if (d_image.defined())
-      d_image.narrow(0, logits.first_row, logits.rows).add_(mm_float32(gradient, text.narrow(0, logits.first_col, logits.cols)));
+      d_image.narrow(0, logits.first_row, logits.rows)
+          .add_(mm_float32(gradient, text.narrow(0, logits.first_col, logits.cols)));
     if (d_text.defined())
       d_text.narrow(0, logits.first_col, logits.cols)
           .add_(mm_float32(gradient.t(), image.narrow(0, logits.first_row, logits.rows)));

@@ -36,7 +36,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
   const auto options = image.options().dtype(at::kFloat);
   const auto scale2 = base2_scale(scale), kept = at::empty({keep ? chunks.n : 0, keep ? chunks.m : 0}, options);
   const auto rows = no_stats(chunks.n, options), cols = no_stats(columns ? chunks.m : 0, options);
-  chunks.for_each(kept, keep ? Chunks::Kept::write : Chunks::Kept::none, [&](const Logits& logits, const at::Tensor&) {
+  chunks.for_each(kept, keep ? Chunks::Kept::write : Chunks::Kept::none, [&](const Logits& logits) {
     const int64_t row_tiles = ceil_div(logits.rows, kSumRows), col_tiles = ceil_div(logits.cols, kSumCols);
     const auto row_partials = at::empty({3, col_tiles, logits.rows}, options);
     const auto col_partials = at::empty({3, columns ? row_tiles : 0, logits.cols}, options);
@@ -70,7 +70,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
   const auto d_image = image_sum ? at::zeros({chunks.n, chunks.dim}, options) : at::Tensor();
   const auto d_text = text_grad ? at::zeros({chunks.m, chunks.dim}, options) : at::Tensor();
   const Sides sides = {rows.const_data_ptr<float>(), cols.const_data_ptr<float>(), chunks.n, chunks.m};
-  chunks.for_each(kept, is_kept ? Chunks::Kept::read : Chunks::Kept::none, [&](const Logits& logits, const at::Tensor&) {
+  chunks.for_each(kept, is_kept ? Chunks::Kept::read : Chunks::Kept::none, [&](const Logits& logits) {
     const auto gradient = at::empty({logits.rows, logits.cols}, options.dtype(chunks.product));
     info_nce_gradient(logits, scale2.const_data_ptr<float>(), sides, is_kept ? shift.const_data_ptr<float>() : nullptr,
                       gradient.mutable_data_ptr(), type_of(chunks.product), scope.stream);

@@ -18,7 +18,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
   const auto d_text = text_grad ? at::zeros({chunks.m, chunks.dim}, options) : at::Tensor();
   const bool gradients = image_grad || text_grad;
   auto total = at::zeros({3}, options.dtype(at::kDouble));
-  chunks.for_each({}, Chunks::Kept::none, [&](const Logits& logits, const at::Tensor&) {
+  chunks.for_each({}, Chunks::Kept::none, [&](const Logits& logits) {
     const auto sums = at::empty({3, sigmoid_loss_blocks(logits)}, total.options());
     const auto gradient =
         at::empty({gradients ? logits.rows : 0, logits.cols}, options.dtype(chunks.product));
