@@ -193,6 +193,31 @@ def timm_vit() -> tuple[nn.Module, Inputs]:
     return Classifier(model), {"images": torch.randn(4, 3, 32, 32), "labels": LABELS}
 
 
+def naflex(projection: str = "linear", **options: Any) -> tuple[nn.Module, Inputs]:
+    """Images of different sizes, padded to 16 patches; or, by a convolution, of one size that is not the grid's."""
+    timm = pytest.importorskip("timm")
+    config = timm.models.naflexvit.NaFlexVitCfg(
+        patch_size=8, embed_dim=32, depth=2, num_heads=4, pos_embed_grid_size=(4, 4), embed_proj_type=projection,
+        reg_tokens=1, **options,
+    )  # fmt: skip
+    model = timm.models.naflexvit.NaFlexVit(config, num_classes=3)
+    nn.init.normal_(model.embeds.pos_embed)
+    if projection == "conv":
+        return Classifier(model), {"images": torch.randn(4, 3, 24, 40), "labels": LABELS}
+    coordinates = torch.zeros(4, 16, 2, dtype=torch.long)
+    valid = torch.zeros(4, 16, dtype=torch.bool)
+    for i, (rows, columns) in enumerate([(4, 4), (2, 5), (3, 4), (2, 7)]):
+        coordinates[i, : rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        valid[i, : rows * columns] = True
+    patches = torch.randn(4, 16, 3 * 8 * 8) * valid[:, :, None]
+    images = {"patches": patches, "patch_coord": coordinates, "patch_valid": valid}
+    return Classifier(model), {"images": images, "labels": LABELS}
+
+
+def naflex_convolution() -> tuple[nn.Module, Inputs]:
+    return naflex("conv", class_token=True)
+
+
 class Contrastive(nn.Module):
     """An open_clip model and one of its losses."""
 
@@ -302,6 +327,8 @@ MODELS = {
     "mllama": Known(mllama, {"model.language_model.layers.1": "MllamaCrossAttentionDecoderLayer"}),
     "qwen2-vl": Known(qwen2_vl, {"model.visual.patch_embed": "PatchEmbed"}),
     "timm": Known(timm_vit, {"model.patch_embed": "PatchEmbed"}),
+    "naflex": Known(naflex, {"model.embeds": "NaFlexEmbeds"}),
+    "naflex, convolution": Known(naflex_convolution, {"model.embeds": "NaFlexEmbeds"}),
     "open_clip": Known(open_clip, {"model.visual": "VisionTransformer", "loss": "ClipLoss"}),
     "open_clip siglip": Known(open_clip_siglip, {"model.visual": "VisionTransformer", "loss": "SigLipLoss"}),
     "coca": Known(coca, {"model.visual": "VisionTransformer", "loss": "CoCaLoss"}),

@@ -33,7 +33,12 @@ def results(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    def one(value: Any) -> Any:
+        if isinstance(value, dict):
+            return cast(value, dtype)
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: one(value) for name, value in inputs.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -104,7 +104,8 @@ def _open_clip() -> Iterator[Rule]:
 def _timm() -> Iterator[Rule]:
     stem = import_module("vlmfast.nn").PatchEmbed
     yield Rule("patch_embed", stem._replaces(), stem.from_original)
-    yield _left("patch_embed", "timm.models.naflexvit", "NaFlexEmbeds", "there is no replacement for it yet")
+    naflex = import_module("vlmfast.nn.naflex").NaFlexEmbeds
+    yield Rule("patch_embed", naflex._replaces(), naflex.from_original)
 
 
 def _flamingo(module_name: str) -> Callable[[], Iterator[Rule]]:
