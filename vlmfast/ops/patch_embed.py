@@ -28,6 +28,8 @@ from vlmfast.ops._dispatch import (
     choose,
     core,
     cpu_unsupported,
+    cuda_kernels,
+    cuda_unsupported,
     define,
     never,
     no_second_derivative,
@@ -286,6 +288,11 @@ IMPLS = {
         lambda *args: _kernels().forward(*args),
         lambda *args: _kernels().backward(*args),
         triton_unsupported("products"),
+    ),
+    "cuda": Impl(
+        lambda *args: cuda_kernels().patch_embed_forward(*args),
+        lambda *args: cuda_kernels().patch_embed_backward(*args),
+        cuda_unsupported,
     ),
     "cpu": Impl(
         lambda *args: core.patch_embed_forward(*args), lambda *args: core.patch_embed_backward(*args), cpu_unsupported
