@@ -27,6 +27,8 @@ from vlmfast.ops._dispatch import (
     choose,
     core,
     cpu_unsupported,
+    cuda_kernels,
+    cuda_unsupported,
     define,
     never,
     no_second_derivative,
@@ -151,6 +153,11 @@ IMPLS = {
         lambda *args: _kernels().forward(*args),
         lambda *args: _kernels().backward(*args),
         triton_unsupported("products"),
+    ),
+    "cuda": Impl(
+        lambda *args: cuda_kernels().gated_residual_forward(*args),
+        lambda *args: cuda_kernels().gated_residual_backward(*args),
+        cuda_unsupported,
     ),
     "cpu": Impl(
         lambda *args: core.gated_residual_forward(*args),

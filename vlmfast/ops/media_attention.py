@@ -43,6 +43,8 @@ from vlmfast.ops._dispatch import (
     choose,
     core,
     cpu_unsupported,
+    cuda_kernels,
+    cuda_unsupported,
     define,
     never,
     no_second_derivative,
@@ -50,6 +52,9 @@ from vlmfast.ops._dispatch import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+MAX_CUDA_DIM = 128
+"""Of a head in the CUDA C++ backend, kMaxHeadDim in kernels/cuda/gated_cross_attention.h."""
 
 CHUNK_ELEMENTS = 1 << 24
 """The torch backend computes at most this many scores at a time, or one query row's."""
@@ -364,11 +369,22 @@ def _kernels() -> Any:
     return import_module("vlmfast.kernels.media_attention")
 
 
+def _cuda_unsupported(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None:
+    if max(q.shape[3], v.shape[3]) > MAX_CUDA_DIM:
+        return f"heads are larger than {MAX_CUDA_DIM}: {q.shape[3]} and {v.shape[3]}"
+    return cuda_unsupported(q)
+
+
 IMPLS = {
     "triton": Impl(
         lambda *args: _kernels().forward(*args),
         lambda *args: _kernels().backward(*args),
         triton_unsupported("media_attention"),
+    ),
+    "cuda": Impl(
+        lambda *args: cuda_kernels().media_attention_forward(*args),
+        lambda *args: cuda_kernels().media_attention_backward(*args),
+        _cuda_unsupported,
     ),
     "cpu": Impl(
         lambda *args: core.media_attention_forward(*args),
