@@ -43,8 +43,6 @@ dim3 block_for_rows_of(int64_t units) {
   return dim3(lanes, kThreads / lanes);
 }
 
-// Rows of patches.
-
 constexpr int kRowsOfThread = 4;  // loads in flight; what a thread knows of its entries serves them all
 
 // Where a patch begins in memory, and how much of the image there is from its first pixel on.
@@ -150,9 +148,7 @@ void launch_rows(const Patches& patches, int64_t first, int64_t count, Product* 
          patches.run(), first, count, out, stride);
 }
 
-// Tokens and their gradients: threads have four columns.
-
-constexpr int kCols = 4;
+constexpr int kCols = 4;  // of tokens or their gradients, that a thread has
 
 // `count` values and zeros; aligned, there are kCols of them, and they move together.
 template <class T>
