@@ -1,4 +1,4 @@
-// The schedule of gated_residual on a GPU: one pass each way, and a second one over the sums for the gate's gradient. Equations:
+// The schedule of gated_residual on a GPU: one pass each way, and one over the sums for the gate's gradient. Equations:
 // vlmfast/ops/gated_residual.py.
 #include "../../kernels/cuda/gated_residual.h"
 

@@ -24,10 +24,11 @@ template <class T>
 constexpr int kWarps = sizeof(T) == 2 ? 4 : 2;
 template <class T>
 constexpr int kRows = kTile * kWarps<T>;
+// Kernels declare that one such block a multiprocessor is enough: else the compiler spills registers to fit in more.
 template <class T>
 constexpr int kThreads = kWarp * kWarps<T>;
 
-// Rows of shared memory are 16 bytes apart modulo the banks.
+// Neighbouring rows of a tile begin 16 bytes apart modulo the banks, so that warps read columns of it without conflicts.
 constexpr int kScoreStride = kStep + 4;
 template <class T>
 constexpr int kWeightStride = kStep + 16 / int(sizeof(T));
@@ -51,7 +52,8 @@ struct Query {
   float lse, delta;  // lse +inf where the row sees nothing, so that its weights are 0
 };
 
-// A block's shared memory. On the host, with base null, it tells how many bytes.
+// A block's shared memory, 76 KiB at most (heads of 128, float32, backward): every architecture has 99. On the host, with base
+// null, it tells how many bytes.
 template <class T>
 struct Shared {
   T *own, *own_values;      // (rows of the block, dim), (rows of the block, v_dim); the latter not in forward
@@ -248,7 +250,8 @@ __device__ void for_each_score(const float* scores, const Place& place, F f) {
 
 // The keys and values from start on, before stop, and what is added to their scores.
 template <class T>
-__device__ void load_keys(const Attention& a, const Shared<T>& shared, const T* k, const T* v, int sample, int start, int stop) {
+__device__ void load_keys(const Attention& a, const Shared<T>& shared, const T* k, const T* v, int sample, int start,
+                          int stop) {
   const auto taken = [&](int row) { return start + row < stop && (a.empty_all || is_valid(a, sample, start + row)); };
   load_rows<kStep>(k + start * a.k.row, a.k.row, a.dim, shared.other, taken);
   load_rows<kStep>(v + start * a.v.row, a.v.row, a.v_dim, shared.other_values, taken);

@@ -6,7 +6,7 @@
 
 namespace vlmfast::cuda {
 
-constexpr int kMaxHeadDim = 128;  // the sums over keys of wider heads would not fit into the registers
+constexpr int kMaxHeadDim = 128;  // the sums over steps of wider heads would not fit into the registers
 
 // A tensor (B, H, L, dim), dim being contiguous; strides in elements.
 struct Heads {

@@ -108,7 +108,7 @@ struct Part {
 };
 
 template <int kCount>
-__global__ void __launch_bounds__(kLanes* kLines) add_kernel(Elements residual, GatedBranch branch, void* out) {
+__global__ void __launch_bounds__(kLanes * kLines) add_kernel(Elements residual, GatedBranch branch, void* out) {
   const Part<kCount> part(branch, kRowsOfAdd);
   if (!part.inside) return;
   for (int64_t row = part.begin + threadIdx.y; row < part.end; row += kLines) {
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kLanes* kLines) add_kernel(Elements residual, 
 }
 
 template <int kCount>
-__global__ void __launch_bounds__(kLanes* kLines)
+__global__ void __launch_bounds__(kLanes * kLines)
     gradient_kernel(Elements grad, GatedBranch branch, int64_t rows_of_block, void* d_hidden, float* sums) {
   VLMFAST_SHARED(float, lines);  // (kLines, kLanes * kCount)
   constexpr int columns = kLanes * kCount;
@@ -221,7 +221,8 @@ int64_t gated_residual_sums(const GatedBranch& branch) {
   return branch.per_channel ? ranges : ranges * ceil_div(branch.dim, kLanes);
 }
 
-void gated_residual_gradient(const Elements& grad, const GatedBranch& branch, void* d_hidden, float* sums, cudaStream_t stream) {
+void gated_residual_gradient(const Elements& grad, const GatedBranch& branch, void* d_hidden, float* sums,
+                             cudaStream_t stream) {
   const dim3 block(kLanes, kLines);
   const int64_t rows = rows_of_range(branch);
   const auto run = [&](auto kernel, int count) {

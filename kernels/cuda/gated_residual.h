@@ -28,7 +28,8 @@ void gated_residual_add(const Elements& residual, const GatedBranch& branch, voi
 int64_t gated_residual_sums(const GatedBranch& branch);
 
 // d_hidden of hidden's shape and type, and sums (gated_residual_sums(branch), dim or 1); null where not wanted.
-void gated_residual_gradient(const Elements& grad, const GatedBranch& branch, void* d_hidden, float* sums, cudaStream_t stream);
+void gated_residual_gradient(const Elements& grad, const GatedBranch& branch, void* d_hidden, float* sums,
+                             cudaStream_t stream);
 
 // d_gate, of the gate's shape and type, from the sums.
 void gated_residual_gate_gradient(const GatedBranch& branch, const float* sums, void* d_gate, cudaStream_t stream);
