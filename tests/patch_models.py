@@ -271,13 +271,13 @@ def coca() -> tuple[nn.Module, Inputs]:
 
 
 class FlamingoBlock(nn.Module):
-    """flamingo-pytorch's resampler and gated cross-attention, over media of which one sample lacks some."""
+    """Resampler and gated cross-attention of flamingo-pytorch or open_flamingo; one sample lacks a medium."""
 
-    def __init__(self, library: Any, immediate: bool) -> None:
+    def __init__(self, library: Any, immediate: bool, **options: Any) -> None:
         super().__init__()
         self.resampler = library.PerceiverResampler(dim=32, depth=1, dim_head=16, heads=2, num_latents=4)
         self.attend = library.GatedCrossAttentionBlock(
-            dim=32, dim_head=16, heads=2, only_attend_immediate_media=immediate
+            dim=32, dim_head=16, heads=2, only_attend_immediate_media=immediate, **options
         )
         nn.init.constant_(self.attend.attn_gate, 0.7)
         nn.init.constant_(self.attend.ff_gate, 0.3)
@@ -287,19 +287,28 @@ class FlamingoBlock(nn.Module):
         return {"loss": ((out + 1).square() * mask).mean(), "logits": out}
 
 
-def flamingo(immediate: bool = True) -> tuple[nn.Module, Inputs]:
-    library = pytest.importorskip("flamingo_pytorch")
+def flamingo_inputs() -> Inputs:
     locations = torch.zeros(2, 10, dtype=torch.bool)
     locations[0, [1, 6]] = True
     locations[1, 3] = True
     mask = torch.ones(2, 10, 1)
     mask[1, 7:] = 0
-    inputs = {"text": torch.randn(2, 10, 32), "media": torch.randn(2, 2, 5, 32), "locations": locations, "mask": mask}
-    return FlamingoBlock(library, immediate), inputs
+    return {"text": torch.randn(2, 10, 32), "media": torch.randn(2, 2, 5, 32), "locations": locations, "mask": mask}
+
+
+def flamingo() -> tuple[nn.Module, Inputs]:
+    return FlamingoBlock(pytest.importorskip("flamingo_pytorch"), True), flamingo_inputs()
 
 
 def flamingo_all_media() -> tuple[nn.Module, Inputs]:
-    return flamingo(immediate=False)
+    return FlamingoBlock(pytest.importorskip("flamingo_pytorch"), False), flamingo_inputs()
+
+
+def open_flamingo() -> tuple[nn.Module, Inputs]:
+    """Its media have frames: (B, T, F, n, D)."""
+    inputs = flamingo_inputs()
+    library = pytest.importorskip("open_flamingo.src.helpers")
+    return FlamingoBlock(library, True, dim_visual=32), {**inputs, "media": inputs["media"][:, :, None]}
 
 
 class Known(NamedTuple):
@@ -336,4 +345,5 @@ MODELS = {
     "flamingo, all media": Known(
         flamingo_all_media, {"resampler": "PerceiverResampler", "attend": "GatedCrossAttentionBlock"}
     ),
+    "open_flamingo": Known(open_flamingo, {"resampler": "PerceiverResampler", "attend": "GatedCrossAttentionBlock"}),
 }

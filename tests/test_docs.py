@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import runpy
@@ -70,6 +71,27 @@ def test_the_matrix_has_every_op_and_says_what_its_backends_say(monkeypatch: pyt
     monkeypatch.setitem(impls, "cpu", dataclasses.replace(impls["cpu"], unsupported=refuses))
     assert "cpu" not in supported["backends"]("sigmoid_loss", square, torch.float16)["CPU"]
     assert "cpu" in supported["backends"]("sigmoid_loss", square, torch.float32)["CPU"]
+
+
+def test_the_table_of_errors_is_that_of_the_benchmarks_runs() -> None:
+    row = re.compile(r"^\| (info_nce|sigmoid_loss|patch_embed) \| (\w+) \| (.+) \|$", re.MULTILINE)
+    rows = row.findall((ROOT / "docs" / "numerics.md").read_text())
+    assert len(rows) == 6
+    for op, dtype, cells in rows:
+        runs = json.loads((ROOT / "bench" / "results" / f"{op}_epyc_zen5_2_cores.json").read_text())["rows"]
+        size = {"size": {"patch": 16, "batch": 64}} if op == "patch_embed" else {"rows": 8192}
+        errors = {
+            run["provider"].removesuffix(" kept"): run["error"]
+            for run in runs
+            if run["dtype"] == dtype and "error" in run and size.items() <= run.items()
+        }
+        value = "value" if op == "patch_embed" else "loss"
+        expected = [
+            f"{errors[provider][kind]:.1e}" if provider in errors else ""
+            for kind in (value, "gradient")
+            for provider in ("vlmfast", "open_clip", "transformers")
+        ]
+        assert [cell.strip() for cell in cells.split("|")] == expected, (op, dtype)
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
