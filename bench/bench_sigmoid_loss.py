@@ -1,59 +1,14 @@
-"""SigLIP's loss, forward and backward: `python bench/bench_sigmoid_loss.py --help`. Scale 10, bias -10."""
+"""`vlmfast bench sigmoid_loss` as a script, and its rows one by one under pytest-benchmark."""
 
 from __future__ import annotations
 
-import pairs
+import sys
+
 import pytest
-import torch
-from harness import Function, Op, Provider, backend_rows, compiled, main, on_gpu, require, run_under_pytest
-from pairs import matrices
-from torch import Tensor
-from torch.nn import functional as F
 
-from vlmfast.ops import sigmoid_loss
-from vlmfast.ops.sigmoid_loss import IMPLS, reference
-
-
-def open_clip(device: str) -> Function:
-    loss = require("open_clip.loss").SigLipLoss()
-    return lambda image, text, scale, bias: loss(image, text, scale.to(image.dtype), bias.to(image.dtype))
-
-
-def transformers(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The expression in transformers' SiglipModel.forward, which has no function of its own."""
-    logits = text @ image.T * scale.to(image.dtype) + bias.to(image.dtype)
-    signs = -torch.ones_like(logits) + 2 * torch.eye(logits.size(0), device=logits.device)
-    return -F.logsigmoid(signs * logits).sum(-1).mean()
-
-
-def siglip_kernel(device: str) -> Function:
-    on_gpu(device)
-    loss = require("siglip_kernel").fused_siglip_loss
-    return lambda image, text, scale, bias: loss(image, text, scale.log(), bias)
-
-
-OP = Op(
-    name="sigmoid_loss",
-    size=pairs.size,
-    sizes=("1024", "4096", "8192"),
-    small="256",
-    inputs=pairs.inputs(10.0, -10.0),
-    judged=(0, 1),
-    reference=reference,
-    baseline="open_clip",
-    providers={
-        "vlmfast": Provider(lambda device: sigmoid_loss, 6),
-        "vlmfast, image frozen": Provider(lambda device: sigmoid_loss, 4, frozen=(0,)),
-        "vlmfast forward": Provider(lambda device: sigmoid_loss, 2, forward_only=True),
-        **backend_rows(IMPLS, {"": Provider(lambda device: sigmoid_loss, 6)}),
-        "open_clip": Provider(open_clip, 6, memory=matrices(5), dtypes=("float32", "bfloat16")),
-        "transformers": Provider(lambda device: transformers, 6, memory=matrices(5), dtypes=("float32", "bfloat16")),
-        "transformers compiled": Provider(
-            lambda device: compiled(transformers), 6, memory=matrices(3), dtypes=("float32", "bfloat16")
-        ),
-        "siglip-kernel": Provider(siglip_kernel, 6),
-    },
-)
+from vlmfast.bench.harness import run_under_pytest
+from vlmfast.bench.sigmoid_loss import OP
+from vlmfast.cli.bench import run
 
 
 @pytest.mark.parametrize("size", ["1024", "4096"])
@@ -64,4 +19,4 @@ def test_sigmoid_loss(benchmark, name: str, dtype: str, size: str) -> None:
 
 
 if __name__ == "__main__":
-    main(OP, __file__, __doc__)
+    raise SystemExit(run(["sigmoid_loss", *sys.argv[1:]]))

@@ -20,7 +20,9 @@ ALLOWED = {
     "data": set(),
     "training": {"data", "distributed", "ops"},
     "evaluation": {"data", "distributed", "ops"},
-    "cli": {"data", "training", "evaluation", "models", "ops", "distributed", "nn"},
+    "bench": {"ops", "integrations"},
+    "doctor": {"bench", "ops"},
+    "cli": {"bench", "doctor", "data", "training", "evaluation", "models", "ops", "distributed", "nn"},
     "__main__": {"cli"},
 }
 

@@ -6,16 +6,11 @@ import pytest
 import torch
 from contrastive import pairs
 from media import any_media, last_media, qkv
-from numerics import loss_and_gradients
 from torch import Tensor
 
 import vlmfast
-from vlmfast.ops import gated_residual, info_nce, media_attention, patch_embed, sigmoid_loss
-from vlmfast.ops.gated_residual import reference as gated_residual_reference
-from vlmfast.ops.info_nce import reference as info_nce_reference
-from vlmfast.ops.media_attention import reference as media_attention_reference
-from vlmfast.ops.patch_embed import reference as patch_embed_reference
-from vlmfast.ops.sigmoid_loss import reference as sigmoid_reference
+from vlmfast import doctor, ops
+from vlmfast.ops import info_nce, sigmoid_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,99 +21,97 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 SHAPES = [(1, 64), (127, 3), (300, 588), (1000, 768), (5000, 512)]
 
 
-def check_loss(ours, reference, rows: int, dim: int, dtype: torch.dtype, scalars: tuple[float, ...], **options) -> None:
-    image, text = (t.to(dtype).cuda() for t in pairs(rows, dim, noise=1.0))
-    inputs: tuple[Tensor, ...] = (image, text, *(torch.tensor(v, device="cuda") for v in scalars))
-    exact = loss_and_gradients(lambda *t: reference(*t, **options), inputs, [torch.float64] * len(inputs))
-    found = loss_and_gradients(lambda *t: ours(*t, **options), inputs)
-    for k, (a, b) in enumerate(zip(found, exact, strict=True)):
-        assert (a - b).abs().max() <= TOLERANCE[dtype] * b.abs().max() + 1e-7, f"output {k}"
-    again = loss_and_gradients(lambda *t: ours(*t, **options), inputs)
+def check(op: str, leaves: dict[str, Tensor], dtype: torch.dtype, *before: Tensor, **options: object) -> None:
+    """Output and gradients against float64, and both again bit for bit."""
+    on_gpu = {name: t.cuda() for name, t in leaves.items()}
+    problem = doctor.Problem(on_gpu, 0.0, (), 0.0, 0.0, options, before)
+    found, again = (doctor.results(getattr(ops, op), problem) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    exact = doctor.results(doctor.reference(op), problem, torch.float64)
+    for name, a, b in zip(("output", *leaves), found, exact, strict=True):
+        assert (a.double() - b).abs().max() <= TOLERANCE[dtype] * b.abs().max() + 1e-7, name
 
 
-@pytest.fixture(params=["triton", "torch"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("VLMFAST_BACKEND", request.param)
-    return request.param
+def check_loss(op: str, rows: int, dim: int, dtype: torch.dtype, scalars: dict[str, float], **options: object) -> None:
+    image, text = (t.to(dtype) for t in pairs(rows, dim, noise=1.0))
+    leaves = {"image": image, "text": text, **{name: torch.tensor(value) for name, value in scalars.items()}}
+    check(op, leaves, dtype, **options)
 
 
+def over(*names: str) -> pytest.MarkDecorator:
+    """A test's `backend` is each of these ops', all ops' where none is named."""
+    impls = doctor.implementations()
+    every = [(op, backend) for op in names or impls for backend in impls[op]]
+    return pytest.mark.parametrize("backend", every, ids=["-".join(one) for one in every], indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Forces the backend of an op, or skips with its reason."""
+    op, name = request.param
+    if reason := doctor.reasons("cuda")[op][name]:
+        pytest.skip(reason)
+    monkeypatch.setenv("VLMFAST_BACKEND", name)
+    return op, name
+
+
+@over()
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_what_doctor_checks(backend: tuple[str, str], dtype: torch.dtype) -> None:
+    row = doctor.check(*backend, dtype, "cuda")
+    assert row["passed"], row["failures"]
+
+
+@over("info_nce")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_info_nce(backend: str, rows: int, dim: int, dtype: torch.dtype) -> None:
-    check_loss(info_nce, info_nce_reference, rows, dim, dtype, (20.0,))
+def test_info_nce(backend: tuple[str, str], rows: int, dim: int, dtype: torch.dtype) -> None:
+    check_loss("info_nce", rows, dim, dtype, {"scale": 20.0})
     if rows > 1:
-        check_loss(info_nce, info_nce_reference, rows, dim, dtype, (20.0,), exclude_positive=True)
+        check_loss("info_nce", rows, dim, dtype, {"scale": 20.0}, exclude_positive=True)
 
 
+@over("sigmoid_loss")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_sigmoid_loss(backend: str, rows: int, dim: int, dtype: torch.dtype) -> None:
-    check_loss(sigmoid_loss, sigmoid_reference, rows, dim, dtype, (10.0, -10.0))
+def test_sigmoid_loss(backend: tuple[str, str], rows: int, dim: int, dtype: torch.dtype) -> None:
+    check_loss("sigmoid_loss", rows, dim, dtype, {"scale": 10.0, "bias": -10.0})
 
 
-def tokens_and_gradients(op, pixels: Tensor, inputs: tuple[Tensor, ...], **options) -> list[Tensor]:
-    weight, bias, prefix, position = leaves = [t.detach().requires_grad_() for t in inputs]
-    tokens = op(pixels, weight, bias, prefix=prefix, position=position, mean=(0.5,) * 3, std=(0.25,) * 3, **options)
-    generator = torch.Generator("cuda").manual_seed(0)
-    cotangent = torch.randn(tokens.shape, generator=generator, device="cuda")
-    return [t.double() for t in (tokens.detach(), *torch.autograd.grad(tokens, leaves, cotangent.to(tokens.dtype)))]
-
-
+@over("patch_embed")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize(("patch", "kept"), [(16, None), (14, None), (14, 100), (32, 20)])
-def test_patch_embed(backend: str, patch: int, kept: int | None, layout: str, dtype: torch.dtype) -> None:
+def test_patch_embed(backend: tuple[str, str], patch: int, kept: int | None, layout: str, dtype: torch.dtype) -> None:
     shape, n = ((32, 3, 224, 224) if layout == "NCHW" else (32, 224, 224, 3)), (224 // patch) ** 2
     pixels = torch.randint(0, 256, shape, device="cuda").byte()
     keep = None if kept is None else torch.randint(n, (32, kept), device="cuda")
-    shapes = ((768, 3, patch, patch), (768,), (2, 768), (n + 2, 768))
-    inputs = tuple((torch.randn(shape, device="cuda") / 10).to(dtype) for shape in shapes)
-    options = {"layout": layout, "keep": keep}
-    found = tokens_and_gradients(patch_embed, pixels, inputs, **options)
-    doubles = tuple(t.double() for t in inputs)
-    exact = tokens_and_gradients(patch_embed_reference, pixels, doubles, **options)
-    for k, (a, b) in enumerate(zip(found, exact, strict=True)):
-        assert (a - b).abs().max() <= TOLERANCE[dtype] * b.abs().max(), f"output {k}"
-    again = tokens_and_gradients(patch_embed, pixels, inputs, **options)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    shapes = {"weight": (768, 3, patch, patch), "bias": (768,), "prefix": (2, 768), "position": (n + 2, 768)}
+    leaves = {name: (torch.randn(shape) / 10).to(dtype) for name, shape in shapes.items()}
+    check("patch_embed", leaves, dtype, pixels, layout=layout, keep=keep, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
-def check_op(op, reference, inputs: tuple[Tensor, ...], dtype: torch.dtype, **options) -> None:
-    """Output and gradients, and both again bit for bit."""
-    inputs = tuple(t.to(dtype).cuda() for t in inputs)
-
-    def results(function, leaves: tuple[Tensor, ...]) -> list[Tensor]:
-        leaves = tuple(t.detach().requires_grad_() for t in leaves)
-        out = function(*leaves, **options)
-        cotangent = torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
-        gradients = torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
-        return [t.double() for t in (out.detach(), *gradients)]
-
-    found, again = results(op, inputs), results(op, inputs)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    for k, (a, b) in enumerate(zip(found, results(reference, tuple(t.double() for t in inputs)), strict=True)):
-        assert (a - b).abs().max() <= TOLERANCE[dtype] * b.abs().max() + 1e-7, f"output {k}"
-
-
+@over("media_attention")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("empty", ["zero", "all"])
 @pytest.mark.parametrize(("dim", "group", "tokens"), [(32, 1, 64), (64, 4, 37), (128, 2, 65), (96, 1, 64), (40, 2, 5)])
-def test_media_attention(backend: str, dim: int, group: int, tokens: int, empty: str, dtype: torch.dtype) -> None:
-    inputs = qkv(2, 4, 4 // group, 300, 5 * tokens, dim)
+def test_media_attention(
+    backend: tuple[str, str], dim: int, group: int, tokens: int, empty: str, dtype: torch.dtype
+) -> None:
+    leaves = {n: t.to(dtype) for n, t in zip("qkv", qkv(2, 4, 4 // group, 300, 5 * tokens, dim), strict=True)}
     lengths = torch.randint(0, tokens + 1, (2, 5)).cuda()
     for intervals in (last_media(2, 300, 5), any_media(2, 300, 5)):
         on_gpu = {name: t.cuda() for name, t in intervals.items()}
-        options = {"tokens_per_media": tokens, "media_len": lengths, "empty": empty, **on_gpu}
-        check_op(media_attention, media_attention_reference, inputs, dtype, **options)
+        check("media_attention", leaves, dtype, tokens_per_media=tokens, media_len=lengths, empty=empty, **on_gpu)
 
 
+@over("gated_residual")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("channels", [1, 588])
-def test_gated_residual(backend: str, channels: int, dtype: torch.dtype) -> None:
-    inputs = (torch.randn(2, 500, 588), torch.randn(2, 500, 588), torch.randn(channels))
-    mask = (torch.rand(2, 500) < 0.5).cuda()
-    check_op(gated_residual, gated_residual_reference, inputs, dtype, row_mask=mask)
+def test_gated_residual(backend: tuple[str, str], channels: int, dtype: torch.dtype) -> None:
+    shapes = {"residual": (2, 500, 588), "hidden": (2, 500, 588), "gate": (channels,)}
+    leaves = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    check("gated_residual", leaves, dtype, row_mask=(torch.rand(2, 500) < 0.5).cuda())
 
 
 def test_triton_is_what_runs() -> None:
@@ -129,9 +122,12 @@ def test_triton_is_what_runs() -> None:
     assert vlmfast.explain("media_attention", *[x.view(1, 1, 8, 8)] * 3)["triton"] is None
 
 
+@over("info_nce")
 @pytest.mark.parametrize("scale", [50.0, 400.0])
-def test_a_step_can_be_captured_in_a_cuda_graph(scale: float) -> None:
+def test_a_step_can_be_captured_in_a_cuda_graph(backend: tuple[str, str], scale: float) -> None:
     """No synchronisation and no allocation outside of torch's: also where rows are redone with a running maximum."""
+    if backend[1] == "torch":
+        pytest.skip("PyTorch ops may ask the device")
     image, text = (t.half().cuda().requires_grad_() for t in pairs(3000, 256))
     s = torch.tensor(scale, device="cuda", requires_grad=True)
 

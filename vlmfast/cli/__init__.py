@@ -1,4 +1,4 @@
-"""The command line: vlmfast train, vlmfast eval."""
+"""The command line: vlmfast train, eval, bench and doctor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ import vlmfast
 COMMANDS = {
     "train": ("vlmfast.cli.train", "Pretrain a model on image-text pairs."),
     "eval": ("vlmfast.cli.evaluate", "Retrieval and zero-shot scores of a checkpoint."),
+    "bench": ("vlmfast.cli.bench", "Ops and training steps beside what people use instead: time, memory, error."),
+    "doctor": ("vlmfast.cli.doctor", "What runs on this machine, why not the rest, and whether it is right."),
 }
+EXTRAS = {"bench": "bench"}
+"""The extra that a command's optional packages are of, where it is not `train`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("vlmfast"):
             raise
-        print(f"vlmfast {command}: {error.name} is not installed; pip install 'vlmfast[train]'", file=sys.stderr)
+        extra = EXTRAS.get(command, "train")
+        print(f"vlmfast {command}: {error.name} is not installed; pip install 'vlmfast[{extra}]'", file=sys.stderr)
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("VLMFAST_TRACEBACK") == "1":
             raise

@@ -9,13 +9,9 @@ that is not installed, cannot run on the device or does not fit in memory is nam
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +20,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from report import machine, plot, print_table
 from torch import Tensor
+
+from vlmfast.bench.memory import memory_of, peak_of
+from vlmfast.bench.report import lines_plot, print_table
 
 Function = Callable[..., Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,7 +137,7 @@ def make(provider: Provider, size: Size, dtype_name: str, device: str) -> Functi
     if dtype_name not in provider.dtypes:
         raise NotHere(f"not for {dtype_name}")
     # A GPU says that it is full; a CPU's system may end the whole run instead.
-    if device == "cpu" and provider.memory:
+    if device == "cpu" and provider.memory and Path("/proc/meminfo").exists():
         needed = provider.memory(size, DTYPES[dtype_name].itemsize)
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -250,41 +248,46 @@ def peak_memory(op: Op, name: str, size: Size, dtype_name: str, device: str) -> 
     function = provider.make(device)
     step(function, make_inputs(op, op.size(op.small), DTYPES[dtype_name], device, provider), provider.backend)
     inputs = make_inputs(op, size, DTYPES[dtype_name], device, provider)
-    before = torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
-    step(function, inputs, provider.backend)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step(function, inputs, provider.backend)
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    # Linux: forget the peak so far, which the compiler may have set.
-    Path("/proc/self/clear_refs").write_text("5")
-    step(function, inputs, provider.backend)
-    return max(0, _status("VmHWM") - before) * 1024 / 1e6
+    return peak_of(functools.partial(step, function, inputs, provider.backend), device)
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+def here() -> str:
+    """The device that is measured: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def measure(
-    op: Op, names: Sequence[str], sizes: Sequence[str], dtypes: Sequence[str], rounds: int, script: str
-) -> list[dict[str, Any]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [
-        row
-        for dtype_name in dtypes
-        for size in sizes
-        for row in _measure_size(op, names, size, dtype_name, device, rounds, script)
-    ]
+def interleave(
+    functions: Mapping[str, Callable[[], object]], rates: Mapping[str, Callable[[], float]], rounds: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Each function's seconds, a round after the other with every function in it, and the median of each rate."""
+    measured: dict[str, list[float]] = {name: [] for name in functions}
+    products: dict[str, list[float]] = {name: [] for name in rates}
+    for number in range(rounds + 1):  # the first warms up
+        for name, function in functions.items():
+            elapsed = seconds(function, device)
+            if number:
+                measured[name].append(elapsed)
+        for name, rate in rates.items():
+            value = rate()
+            if number:
+                products[name].append(value)
+    return measured, {name: statistics.median(values) for name, values in products.items()}
 
 
-def _measure_size(
-    op: Op, names: Sequence[str], size_text: str, dtype_name: str, device: str, rounds: int, script: str
-) -> list[dict[str, Any]]:
+def row_of(times: Sequence[float], gflop: float, gemm: Mapping[str, float]) -> dict[str, Any]:
+    """Median and spread of the rounds, and the rate that gflop in that time is."""
+    median = statistics.median(times)
+    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [median] * 3
+    return {
+        "median_s": median, "iqr_s": quartiles[2] - quartiles[0], "rounds": len(times), "gflops": gflop / median,
+        "gemm_gflops": dict(gemm), "share_of_gemm": gflop / median / max(gemm.values()),
+    }  # fmt: skip
+
+
+def _measure(op: Op, names: Sequence[str], size_text: str, dtype_name: str, rounds: int) -> list[dict[str, Any]]:
     # What torch.compile made for other sizes counts against its limit of kernels per function.
     torch.compiler.reset()
-    size, dtype = op.size(size_text), DTYPES[dtype_name]
+    device, size, dtype = here(), op.size(size_text), DTYPES[dtype_name]
     exact = exact_results(op, size, dtype, device) if size.exact else None
     functions: dict[str, Function] = {}
     found: dict[str, dict[str, float]] = {}
@@ -304,56 +307,64 @@ def _measure_size(
         functions[name] = function
         if exact is not None and results[0].shape == exact[0].shape:
             found[name] = errors(op, results, exact)
-    rates = gemm_rates(size, dtype, device)
-    measured: dict[str, list[float]] = {name: [] for name in functions}
-    products: dict[str, list[float]] = {name: [] for name in rates}
-    inputs = {name: make_inputs(op, size, dtype, device, op.providers[name]) for name in functions}
-    for number in range(rounds + 1):  # the first warms up
-        for name, function in functions.items():
-            elapsed = seconds(functools.partial(step, function, inputs[name], op.providers[name].backend), device)
-            if number:
-                measured[name].append(elapsed)
-        for name, rate in rates.items():
-            value = rate()
-            if number:
-                products[name].append(value)
-    gemm = {name: statistics.median(values) for name, values in products.items()}
-    inputs.clear()
+    once = {
+        name: functools.partial(
+            step, function, make_inputs(op, size, dtype, device, op.providers[name]), op.providers[name].backend
+        )
+        for name, function in functions.items()
+    }
+    measured, gemm = interleave(once, gemm_rates(size, dtype, device), rounds, device)
+    once.clear()
     group = []
     for name, times in measured.items():
-        median = statistics.median(times)
-        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [median] * 3
-        gflops = op.providers[name].units * size.operations / median / 1e9
+        units = op.providers[name].units
         row = {
-            "provider": name, "size": dict(size.numbers), "dtype": dtype_name, "device": device, "median_s": median,
-            "iqr_s": quartiles[2] - quartiles[0], "rounds": len(times), "units": op.providers[name].units,
-            "gflops": gflops, "gemm_gflops": gemm, "share_of_gemm": gflops / max(gemm.values()),
+            "provider": name, "size": dict(size.numbers), "dtype": dtype_name, "device": device, "units": units,
+            **row_of(times, units * size.operations / 1e9, gemm),
         }  # fmt: skip
         if name in found:
             row["error"] = found[name]
-        row["peak_extra_mb"] = _memory_of(script, name, size_text, dtype_name, device)
+        row["peak_extra_mb"] = memory_of(op.name, name, size_text, dtype_name)
         group.append(row)
     print_table(op.name, op.baseline, group)
     return group
 
 
-def _memory_of(script: str, name: str, size: str, dtype_name: str, device: str) -> float | None:
-    """`peak_memory` in a fresh process; None, and why on the terminal, where it failed."""
-    done = subprocess.run(
-        [sys.executable, script, "--memory", name, size, dtype_name, device],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode == 0:
-        return float(done.stdout.split()[-1])
-    print(f"  {name}: no memory figure ({done.stderr.strip().splitlines()[-1:]})", flush=True)
-    return None
+@dataclass(frozen=True)
+class Bench:
+    """What `vlmfast bench` knows of an op.
+
+    `check(size)` raises ValueError where the text is no size. `measure(providers, size, dtype, rounds)` prints a table
+    and returns its rows; `memory(provider, size, dtype)` gives MB of one in this process; `plot(rows, machine, title,
+    path)` draws all rows.
+    """
+
+    name: str
+    sizes: Sequence[str]
+    providers: Sequence[str]
+    check: Callable[[str], object]
+    measure: Callable[[Sequence[str], str, str, int], list[dict[str, Any]]]
+    memory: Callable[[str, str, str], float]
+    plot: Callable[[Sequence[dict[str, Any]], dict[str, Any], str, Path], None]
+
+
+def bench_of(op: Op) -> Bench:
+    return Bench(
+        op.name,
+        op.sizes,
+        tuple(op.providers),
+        op.size,
+        functools.partial(_measure, op),
+        lambda name, size, dtype: peak_memory(op, name, op.size(size), dtype, here()),
+        lines_plot,
+    )
 
 
 def run_under_pytest(op: Op, name: str, size_text: str, dtype_name: str, benchmark: Any) -> None:
     """One provider at one size as a pytest-benchmark; skips where the provider cannot run."""
     import pytest
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = here()
     provider, dtype, size = op.providers[name], DTYPES[dtype_name], op.size(size_text)
     torch.compiler.reset()
     try:
@@ -373,27 +384,3 @@ def run_under_pytest(op: Op, name: str, size_text: str, dtype_name: str, benchma
     found = errors(op, results, exact) if results[0].shape == exact[0].shape else {}
     gflop = provider.units * size.operations / 1e9
     benchmark.extra_info.update(provider=name, **size.numbers, dtype=dtype_name, gflop=gflop, error=found)
-
-
-def main(op: Op, script: str, title: str) -> None:
-    parser = argparse.ArgumentParser(description=title)
-    parser.add_argument("--sizes", nargs="+", default=list(op.sizes))
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
-    parser.add_argument("--providers", nargs="+", default=list(op.providers), choices=list(op.providers))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.png")
-    parser.add_argument("--memory", nargs=4, metavar=("PROVIDER", "SIZE", "DTYPE", "DEVICE"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory:
-        name, size, dtype, device = options.memory
-        print(peak_memory(op, name, op.size(size), dtype, device))
-        return
-    header = machine()
-    print(json.dumps(header))
-    rows = measure(op, options.providers, options.sizes, options.dtypes, options.rounds, script)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        target = options.output.with_suffix(".json")
-        target.write_text(json.dumps({"machine": header, "rows": rows}, indent=1) + "\n")
-        plot(rows, header, op.name, options.output.with_suffix(".png"))
-        print(f"\nwritten: {target} and {options.output.with_suffix('.png')}")

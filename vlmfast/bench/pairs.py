@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import Size
 from torch import Tensor
 from torch.nn import functional as F
+
+from vlmfast.bench.harness import Size
 
 
 def size(text: str) -> Size:
