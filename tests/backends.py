@@ -45,8 +45,7 @@ def use_cuda_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @functools.cache
 def cuda_on_host() -> Any:
-    path = build_cuda_on_host("cuda_host")
-    spec = importlib.util.spec_from_file_location("_cuda_host", path)
+    spec = importlib.util.spec_from_file_location("_cuda_host", build_cuda_on_host() / "_cuda_host.so")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -54,14 +53,15 @@ def cuda_on_host() -> Any:
     return module
 
 
-def build_cuda_on_host(folder: str, *options: str) -> Path:
-    """The path of the module, built by CMake in build/<folder>, where what is up to date is not built again."""
-    build = ROOT / "build" / folder
+@functools.cache
+def build_cuda_on_host() -> Path:
+    """The folder of _cuda_host.so and _cuda_sanitized.so, built by CMake, where what is up to date is not built again."""
+    build = ROOT / "build" / "cuda_host"
     build.mkdir(parents=True, exist_ok=True)
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DVLMFAST_CUDA_ON_HOST=ON",
         f"-DVLMFAST_TORCH_DIR={Path(torch.__file__).parent}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}", *options,
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
     ]  # fmt: skip
     # cmake and ninja of this environment, also where it is not activated.
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -70,5 +70,4 @@ def build_cuda_on_host(folder: str, *options: str) -> Path:
         for command in (configure, ["cmake", "--build", str(build)]):
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = build.glob("_cuda_host*.so")
-    return path
+    return build

@@ -66,11 +66,10 @@ def attention(dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]:
             for heads, length in ((4, 67), (2, 111), (2, 111))
         ]
         for empty in ("zero", "all"):
-            out = media_attention(q, k, v, empty=empty, key_bias=torch.randn(2, 111), **media)
-            yield (
-                f"media_attention {dim} {empty}, {dtype}",
-                [out.detach(), *gradients(out.float().pow(2).sum(), leaves)],
-            )
+            bias = torch.randn(2, 111)
+            out = media_attention(q, k, v, empty=empty, key_bias=bias, tokens_per_media=37, **media)
+            found = [out.detach(), *gradients(out.float().pow(2).sum(), leaves)]
+            yield f"media_attention {dim} {empty}, {dtype}", found
     residual, hidden = (torch.randn(67, 130).to(dtype).requires_grad_() for _ in range(2))
     for channels in (1, 130):
         gate = torch.randn(channels).to(dtype).requires_grad_()

@@ -88,7 +88,7 @@ def test_no_kernel_has_a_race(backend: None, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_kernel_goes_beyond_its_memory() -> None:
     """Under the address and the undefined-behaviour sanitizer; also that all results are finite."""
-    module = build_cuda_on_host("cuda_sanitized", "-DVLMFAST_SANITIZE=ON")
+    module = build_cuda_on_host() / "_cuda_sanitized.so"
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
