@@ -19,6 +19,12 @@
 
 namespace vlmfast::cuda {
 
+// A function's parameter of this type takes no part in the deduction of T.
+template <class T>
+struct Given {
+  using type = T;
+};
+
 #ifdef VLMFAST_ON_HOST
 
 // In a kernel: `name` points to its dynamic shared memory, aligned to 128 bytes.
@@ -26,7 +32,7 @@ namespace vlmfast::cuda {
 
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-            std::type_identity_t<Parameters>... arguments) {
+            typename Given<Parameters>::type... arguments) {
   ::vlmfast_host::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 
@@ -48,7 +54,7 @@ inline void check(cudaError_t error, const char* what) {
 // Launches on the current device and throws where that fails. Arguments are converted to the kernel's parameters.
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            std::type_identity_t<Parameters>... arguments) {
+            typename Given<Parameters>::type... arguments) {
   constexpr size_t without_asking = 48 << 10;
   if (shared_bytes > without_asking)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
