@@ -6,7 +6,6 @@
 
 namespace vlmfast::cuda {
 
-constexpr int kWarp = 32;
 constexpr int kTile = 16;
 
 // For float32 an operand is read when it is multiplied, not before: `stride` elements from row to row.

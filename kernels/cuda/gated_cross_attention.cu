@@ -105,7 +105,7 @@ void attention_rows(const Attention& a, const int32_t* lo, const int32_t* hi, cu
 }
 
 void attention_forward(const Attention& a, void* out, float* lse, cudaStream_t stream) {
-  with_type(a.type, [&](auto element) {
+  with_float(a.type, [&](auto element) {
     using T = decltype(element);
     launch(forward_kernel<T>, blocks_for<T>(a, a.queries, a.heads), kThreads<T>, Shared<T>(nullptr, a, true).bytes, stream, a,
            static_cast<T*>(out), lse);

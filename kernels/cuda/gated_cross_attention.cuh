@@ -16,7 +16,6 @@ constexpr int kLaneCols = kStep / 2;  // of its row's scores, that a lane holds
 constexpr int kMaxTiles = kMaxHeadDim / kTile;
 constexpr int kThreadsOfRows = 128;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr auto kRowMajor = nvcuda::wmma::mem_row_major;
 
 // float32 tiles of as many rows would not fit into the shared memory of every architecture.
@@ -269,16 +268,6 @@ __device__ void hull_of(const Attention& a, const Item& item, int& begin, int& e
     const int64_t at = int64_t(item.sample) * hulls + hull;
     begin = smaller(begin, a.rows.hull_first[at]);
     end = larger(end, a.rows.hull_last[at]);
-  }
-}
-
-// f(T()) with the type of the elements.
-template <class F>
-void with_type(Type type, const F& f) {
-  switch (type) {
-    case Type::float16: return f(__half());
-    case Type::bfloat16: return f(__nv_bfloat16());
-    default: return f(float());
   }
 }
 

@@ -138,14 +138,14 @@ __global__ void __launch_bounds__(kThreads<T>, 1) key_grad_kernel(Attention a, A
 
 void attention_delta(const Attention& a, const Heads& grad_out, const Heads& out, float* delta, cudaStream_t stream) {
   const int64_t rows = int64_t(a.batch) * a.heads * a.queries;
-  with_type(a.type, [&](auto element) {
+  with_float(a.type, [&](auto element) {
     launch(delta_kernel<decltype(element)>, unsigned(ceil_div(rows, kThreadsOfRows / kWarp)), kThreadsOfRows, 0, stream, a,
            grad_out, out, delta);
   });
 }
 
 void attention_query_grad(const Attention& a, const AttentionGradient& gradient, void* dq, cudaStream_t stream) {
-  with_type(a.type, [&](auto element) {
+  with_float(a.type, [&](auto element) {
     using T = decltype(element);
     launch(query_grad_kernel<T>, blocks_for<T>(a, a.queries, a.heads), kThreads<T>, Shared<T>(nullptr, a, false).bytes, stream,
            a, gradient, static_cast<T*>(dq));
@@ -153,7 +153,7 @@ void attention_query_grad(const Attention& a, const AttentionGradient& gradient,
 }
 
 void attention_key_grad(const Attention& a, const AttentionGradient& gradient, void* dk, void* dv, cudaStream_t stream) {
-  with_type(a.type, [&](auto element) {
+  with_float(a.type, [&](auto element) {
     using T = decltype(element);
     launch(key_grad_kernel<T>, blocks_for<T>(a, a.keys, a.kv_heads), kThreads<T>, Shared<T>(nullptr, a, false).bytes, stream, a,
            gradient, static_cast<T*>(dk), static_cast<T*>(dv));

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kLanes * kLines)
   }
   if (branch.per_channel) return;
   constexpr int lanes = kLanes / kCount;  // of kLanes columns, whatever kCount is
-  for (int bits = lanes / 2; bits; bits /= 2) total += __shfl_xor_sync(0xffffffffu, total, bits);
+  for (int bits = lanes / 2; bits; bits /= 2) total += __shfl_xor_sync(kAllLanes, total, bits);
   if (threadIdx.x % lanes == 0 && part.inside)
     sums[blockIdx.x * ((branch.dim + kLanes - 1) / kLanes) + part.col / kLanes] = total;
 }

@@ -165,8 +165,8 @@ void info_nce_merge(const float* partials, int64_t tiles, int64_t count, float* 
 void info_nce_gradient(const Logits& logits, const float* scale2, const Sides& sides, const float* kept_shift, void* out,
                        Type out_type, cudaStream_t stream) {
   if (out_type == Type::float16)
-    launch(info_nce_gradient_kernel<__half>, sweep_grid(logits), kSweepThreads, 0, stream, logits, scale2, sides, kept_shift,
-           static_cast<__half*>(out));
+    launch(info_nce_gradient_kernel<__half>, sweep_grid(logits), kSweepThreads, 0, stream, logits, scale2, sides,
+           kept_shift, static_cast<__half*>(out));
   else
     launch(info_nce_gradient_kernel<float>, sweep_grid(logits), kSweepThreads, 0, stream, logits, scale2, sides, kept_shift,
            static_cast<float*>(out));

@@ -80,6 +80,19 @@ __device__ inline float fast_exp2(float x) {
 
 #endif
 
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// f(T()) with T the type of elements that are floats.
+template <class F>
+void with_float(Type type, const F& f) {
+  switch (type) {
+    case Type::float16: return f(__half());
+    case Type::bfloat16: return f(__nv_bfloat16());
+    default: return f(float());
+  }
+}
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

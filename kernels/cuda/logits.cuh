@@ -6,9 +6,6 @@
 
 namespace vlmfast::cuda {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 // Whether (row, col), counted within the chunk, is a positive.
 __device__ inline bool is_positive(const Logits& logits, int64_t row, int64_t col) {
   const int64_t i = logits.first_row + row, j = logits.first_col + col;

@@ -10,7 +10,6 @@ namespace vlmfast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kVectorBytes = 16;  // that a thread loads or stores at most at a time
 
 // N neighbours in memory that move together.
@@ -22,16 +21,6 @@ struct alignas(std::min<size_t>(kVectorBytes, N * sizeof(T))) Pack {
 template <class T, int N>
 __device__ const Pack<T, N>& pack_at(const T* p) {
   return *reinterpret_cast<const Pack<T, N>*>(p);
-}
-
-// f(T()) with the element type.
-template <class F>
-void with_float(Type type, const F& f) {
-  switch (type) {
-    case Type::float16: return f(__half());
-    case Type::bfloat16: return f(__nv_bfloat16());
-    default: return f(float());
-  }
 }
 
 bool divides(int64_t bytes, const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
