@@ -1,6 +1,8 @@
 // What the kernels of both losses do alike.
 #pragma once
 
+#include <algorithm>
+
 #include "launch.cuh"
 #include "logits.h"
 
@@ -28,10 +30,12 @@ __device__ Out stored_gradient(float g) {
   return from_float<Out>(std::is_same_v<Out, __half> ? g * kGradientScale : g);
 }
 
-// Blocks of 256 threads that sweep a chunk, a row of threads per row of the chunk.
+// Blocks of 256 threads that sweep a chunk, a column of it per thread: so many that each multiprocessor has its fill twice.
+// What a row and a column give does not depend on how rows are shared out.
 constexpr int kSweepThreads = 256;
 inline dim3 sweep_grid(const Logits& logits) {
-  return dim3(unsigned(ceil_div(logits.cols, kSweepThreads)), unsigned(logits.rows < 65535 ? logits.rows : 65535));
+  const int64_t across = ceil_div(logits.cols, kSweepThreads), wanted = 2 * (2048 / kSweepThreads) * multiprocessor_count();
+  return dim3(unsigned(across), unsigned(std::clamp<int64_t>(ceil_div(wanted, across), 1, logits.rows)));
 }
 
 }  // namespace vlmfast::cuda

@@ -404,8 +404,10 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _scatter(rows: Tensor, pixels: Tensor, weight: Tensor, keep: Tensor, pad: bool) -> Tensor:
     """rows (B, K, X) summed at the patches that they belong to: (B, n, X)."""
     height, width = _patches.grid(pixels, weight, pad)
-    kept = keep[:, :, None].expand(-1, -1, rows.shape[2])
-    return rows.new_zeros((rows.shape[0], height * width, rows.shape[2])).scatter_add(1, kept, rows)
+    patches = keep + torch.arange(len(keep), device=keep.device)[:, None] * (height * width)
+    total = rows.new_zeros((len(keep) * height * width, rows.shape[2]))
+    # Unlike scatter_add, repeatable on accelerators.
+    return total.index_put_((patches.flatten(),), rows.flatten(0, 1), accumulate=True).unflatten(0, (len(keep), -1))
 
 
 def _pixel_grad(grad: Tensor, pixels: Tensor, weight: Tensor, keep: Tensor | None, spec: Spec) -> Tensor:
