@@ -55,7 +55,7 @@ def cuda_on_host() -> Any:
 
 @functools.cache
 def build_cuda_on_host() -> Path:
-    """The folder of _cuda_host.so and _cuda_sanitized.so, built by CMake, where what is up to date is not built again."""
+    """The folder of _cuda_host.so and _cuda_sanitized.so, built by CMake where they are not up to date."""
     build = ROOT / "build" / "cuda_host"
     build.mkdir(parents=True, exist_ok=True)
     configure = [

@@ -42,7 +42,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def table() -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each architecture and kernel: registers, bytes of stack, spills and static shared memory, threads, occupancy."""
+    """Of each architecture and kernel: registers, bytes of stack, spills and shared memory, threads, occupancy."""
     threads = threads_of_blocks()
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for part in re.split(r"(?=arch = sm_)", dump("--dump-resource-usage")):
