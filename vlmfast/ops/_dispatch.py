@@ -50,10 +50,10 @@ def cpu_unsupported(first: torch.Tensor, *args: object) -> str | None:
 
 def cuda_unsupported(first: torch.Tensor, *args: object) -> str | None:
     """Why the CUDA C++ backend cannot run."""
+    if first.device.type != (cuda_core.DEVICE if cuda_core else "cuda"):
+        return f"the tensors are on {first.device.type}"
     if cuda_core is None:
         return CORE_MISSING or f"the C++ extension was built without CUDA: {core.build_info()['without_cuda']}"
-    if first.device.type != cuda_core.DEVICE:
-        return f"the tensors are on {first.device.type}"
     if first.is_cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
