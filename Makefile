@@ -10,7 +10,7 @@ install: $(VENV)/installed
 
 # open-flamingo, which tests compare with, asks for a torch of long ago: its dependencies are those of the line before.
 # The stamp depends on what decides the content of the environment; editing Python files needs no new install.
-$(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/*.*)
+$(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision setuptools wheel pybind11 ninja cmake

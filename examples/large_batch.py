@@ -11,6 +11,7 @@ The losses that it prints are the same, however many processes there are and how
 import argparse
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,6 +111,7 @@ def main() -> None:
         if rank == 0:
             print(f"step {step}: loss {loss.item() / world_size:.5f}")
     if dist.is_initialized():
+        time.sleep(0.1)  # for gloo's threads to let go of tensors, which aborts when Python has ended: pytorch#179291
         dist.destroy_process_group()
 
 

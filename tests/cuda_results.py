@@ -7,6 +7,7 @@ kernel reads or writes beyond its tensors and its shared memory ends the program
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -42,19 +43,25 @@ def results() -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def patches(dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]:
-    for patch, sides in ((14, (28, 45)), (4, (8, 12))):
+    for patch, sides in ((14, (28, 45)), (8, (16, 24))):
         n = -(-sides[0] // patch) * -(-sides[1] // patch)
         shapes = ((70, 3, patch, patch), (70,), (2, 70), (n + 2, 70))
         weight, bias, prefix, position = leaves = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+        per_image = torch.randn(3, n + 2, 70).to(dtype).requires_grad_()
         for layout, shape in (("NCHW", (3, 3, *sides)), ("NHWC", (3, *sides, 3))):
-            for pixels in (torch.randint(0, 256, shape).byte(), torch.randn(shape).to(dtype)):
+            floats = [torch.randn(shape).to(kind).requires_grad_() for kind in DTYPES]
+            for pixels in (torch.randint(0, 256, shape).byte(), *floats):
+                wanted = leaves + [pixels] * pixels.requires_grad
                 for keep in (None, torch.randint(0, n, (3, 2))):
                     tokens = patch_embed(
                         pixels, weight, bias, layout=layout, mean=(0.4,) * 3, std=(0.3,) * 3,
                         prefix=prefix, position=position, keep=keep, pad=True,
                     )  # fmt: skip
-                    found = [tokens.detach(), *gradients((tokens.float() ** 2).sum(), leaves)]
+                    found = [tokens.detach(), *gradients((tokens.float() ** 2).sum(), wanted)]
                     yield f"patch_embed /{patch} {layout} {pixels.dtype} keep {keep is not None}, {dtype}", found
+        tokens = patch_embed(pixels, weight, layout="NHWC", prefix=prefix, position=per_image, keep=keep, pad=True)
+        found = [tokens.detach(), *gradients((tokens.float() ** 2).sum(), [per_image])]
+        yield f"patch_embed /{patch} positions per image, {dtype}", found
 
 
 def attention(dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]:
@@ -70,12 +77,12 @@ def attention(dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]:
             out = media_attention(q, k, v, empty=empty, key_bias=bias, tokens_per_media=37, **media)
             found = [out.detach(), *gradients(out.float().pow(2).sum(), leaves)]
             yield f"media_attention {dim} {empty}, {dtype}", found
-    residual, hidden = (torch.randn(67, 130).to(dtype).requires_grad_() for _ in range(2))
-    for channels in (1, 130):
-        gate = torch.randn(channels).to(dtype).requires_grad_()
+    for dim, channels in itertools.product((130, 132), (1, None)):
+        residual, hidden = (torch.randn(67, dim).to(dtype).requires_grad_() for _ in range(2))
+        gate = torch.randn(channels or dim).to(dtype).requires_grad_()
         out = gated_residual(residual, hidden, gate, row_mask=torch.rand(67) < 0.5)
         found = [out.detach(), *gradients(out.float().pow(2).sum(), (residual, hidden, gate))]
-        yield f"gated_residual {channels}, {dtype}", found
+        yield f"gated_residual {dim}, gate of {len(gate)}, {dtype}", found
 
 
 def gradients(value: Tensor, leaves: Any) -> list[Tensor]:

@@ -20,6 +20,7 @@ inline void bind(pybind11::module_& m) {
   m.def("sigmoid_loss_forward", &sigmoid_loss_forward, release());
   m.def("patch_embed_forward", &patch_embed_forward, release());
   m.def("patch_embed_backward", &patch_embed_backward, release());
+  m.def("patch_embed_scatter", &patch_embed_scatter, release());
   m.def("media_attention_forward", &media_attention_forward, release());
   m.def("media_attention_backward", &media_attention_backward, release());
   m.def("gated_residual_forward", &gated_residual_forward, release());

@@ -16,6 +16,25 @@ namespace {
 // Of rows and their products (forward) or gradients (backward) in memory at a time; at least those of an image.
 constexpr int64_t kWorkBytes = int64_t(64) << 20;
 
+at::Tensor upload(const std::vector<float>& values, const at::Tensor& device, cudaStream_t stream) {
+  const auto count = int64_t(values.size());
+  const auto out = at::empty({count}, device.options().dtype(at::kFloat));
+  patch_embed_upload(values.data(), count, out.mutable_data_ptr<float>(), stream);
+  return out;
+}
+
+// Rows by the patch that they belong to, for repeatable sums without atomics: those of patch i are order[starts[i]] to
+// order[starts[i + 1] - 1], of `patches` in all.
+struct ByPatch {
+  ByPatch(const at::Tensor& patch_of_row, int64_t patches) {
+    const auto keys = patch_of_row.to(at::kInt).flatten();  // half of the passes that int64 would take to sort
+    const auto sorted = at::sort(keys, /*stable=*/true, 0, false);
+    order = std::get<1>(sorted);
+    starts = at::searchsorted(std::get<0>(sorted), at::arange(patches + 1, keys.options()));
+  }
+  at::Tensor order, starts;
+};
+
 // The taken patches of a batch as rows of a matrix of the products' dtype, with zeros up to a multiple of 8 columns: operands
 // of 16 bits need that to be multiplied at full speed.
 class PatchRows {
@@ -95,9 +114,7 @@ class PatchRows {
       values[c] = float(1.0 / ((bytes ? 255.0 : 1.0) * spread));
       values[channels + c] = float(-middle / spread);
     }
-    const auto out = at::empty({2, channels}, pixels.options().dtype(at::kFloat));
-    patch_embed_upload(values.data(), 2 * channels, out.mutable_data_ptr<float>(), stream);
-    return out;
+    return upload(values, pixels, stream);
   }
 
   at::Tensor pixels_, keep_;
@@ -128,17 +145,12 @@ at::Tensor token_gradient(const PatchRows& patches, const at::Tensor& grad_, con
                           int64_t prefix, cudaStream_t stream) {
   const auto grad = grad_.stride(2) == 1 ? grad_ : grad_.contiguous();
   const auto out = at::empty({prefix + patches.patches, grad.size(2)}, grad.options().dtype(at::kFloat));
-  at::Tensor order, starts;
-  if (keep) {  // rows by the patch that they belong to: repeatable sums without atomics
-    const auto keys = keep->to(at::kInt).flatten();  // half of the passes that int64 would take to sort
-    const auto sorted = at::sort(keys, /*stable=*/true, 0, false);
-    order = std::get<1>(sorted);
-    starts = at::searchsorted(std::get<0>(sorted), at::arange(patches.patches + 1, keys.options()));
-  }
+  std::optional<ByPatch> rows;
+  if (keep) rows.emplace(*keep, patches.patches);
   patch_embed_token_grad({grad.const_data_ptr(), type_of(grad.scalar_type()), grad.stride(0), grad.stride(1), grad.size(0),
                           patches.taken, prefix, grad.size(2)},
-                         keep ? order.const_data_ptr<int64_t>() : nullptr, keep ? starts.const_data_ptr<int64_t>() : nullptr,
-                         patches.patches, out.mutable_data_ptr<float>(), stream);
+                         rows ? rows->order.const_data_ptr<int64_t>() : nullptr,
+                         rows ? rows->starts.const_data_ptr<int64_t>() : nullptr, patches.patches, out.mutable_data_ptr<float>(), stream);
   return out;
 }
 
@@ -176,6 +188,30 @@ std::tuple<at::Tensor, at::Tensor> patch_embed_backward(const at::Tensor& grad, 
   const auto none = [&] { return at::empty({0}, pixels.options().dtype(at::kFloat)); };
   return {weight_grad ? weight_gradient(patches, grad, prefix_tokens, product_dtype) : none(),
           token_grad ? token_gradient(patches, grad, keep, prefix_tokens, scope.stream) : none()};
+}
+
+at::Tensor patch_embed_scatter(const at::Tensor& rows_, const std::optional<at::Tensor>& keep, at::IntArrayRef patch,
+                               at::IntArrayRef size, const FloatList& std, at::ScalarType dtype) {
+  const DeviceScope scope(rows_);
+  const auto rows = rows_.contiguous();
+  const int64_t images = rows.size(0), grid_rows = ceil_div(size[0], patch[1]), grid_cols = ceil_div(size[1], patch[2]);
+  const int64_t patches = grid_rows * grid_cols;
+  std::optional<ByPatch> listed;
+  if (keep) listed.emplace(at::add(*keep, at::arange(images, keep->options()).unsqueeze(1), patches), images * patches);
+  at::Tensor factor;
+  if (std) {
+    std::vector<float> values;
+    for (double spread : *std) values.push_back(float(1.0 / spread));
+    factor = upload(values, rows, scope.stream);
+  }
+  const auto out = at::empty({images, patch[0], size[0], size[1]}, rows.options().dtype(dtype));
+  patch_embed_scatter({rows.const_data_ptr(), type_of(rows.scalar_type()), images, int(patch[0]), int(size[0]), int(size[1]),
+                       int(patch[1]), int(patch[2]), int(grid_rows), int(grid_cols),
+                       listed ? listed->order.const_data_ptr<int64_t>() : nullptr,
+                       listed ? listed->starts.const_data_ptr<int64_t>() : nullptr,
+                       factor.defined() ? factor.const_data_ptr<float>() : nullptr},
+                      out.mutable_data_ptr(), type_of(dtype), scope.stream);
+  return out;
 }
 
 }  // namespace vlmfast::cuda

@@ -33,7 +33,7 @@ struct Given {
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
             typename Given<Parameters>::type... arguments) {
-  ::vlmfast_host::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
+  ::vlmfast_host::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 
 inline int multiprocessor_count() { return 4; }

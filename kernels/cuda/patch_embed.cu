@@ -246,6 +246,29 @@ __global__ void __launch_bounds__(kThreads)
   store(sums, count, aligned, out + token * grad.width + col);
 }
 
+// A block has some lines of pixels, of any image and channel. Sums are in the order of rows: repeatable without atomics.
+template <class Row, class Pixel>
+__global__ void __launch_bounds__(kThreads) scatter_kernel(PatchSums sums, Pixel* out) {
+  const int64_t line = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, plane = line / sums.height;
+  if (plane >= sums.images * sums.channels) return;
+  const int y = int(line % sums.height), channel = int(plane % sums.channels);
+  const int first = (channel * sums.patch_height + y % sums.patch_height) * sums.patch_width;
+  const int entries = sums.channels * sums.patch_height * sums.patch_width;
+  const int64_t patch = (plane / sums.channels * sums.grid_rows + y / sums.patch_height) * sums.grid_cols;
+  const float factor = sums.factor ? sums.factor[channel] : 1.0f;
+  const auto* rows = static_cast<const Row*>(sums.rows);
+  for (int x = threadIdx.x; x < sums.width; x += blockDim.x) {
+    const int64_t own = patch + x / sums.patch_width, entry = first + x % sums.patch_width;
+    float sum = 0.0f;
+    if (sums.order) {
+      for (int64_t i = sums.starts[own]; i < sums.starts[own + 1]; ++i) sum += to_float(rows[sums.order[i] * entries + entry]);
+    } else {
+      sum = to_float(rows[own * entries + entry]);
+    }
+    out[line * sums.width + x] = from_float<Pixel>(sum * factor);
+  }
+}
+
 constexpr int kUploaded = 256;  // values: arguments of a kernel have room for 4 KiB
 struct Uploaded {
   float of[kUploaded];
@@ -297,6 +320,17 @@ void patch_embed_token_grad(const TokenGradient& grad, const int64_t* order, con
   with_float(grad.type, [&](auto token) {
     launch(token_grad_kernel<decltype(token)>, grid, block, kThreads * kCols * sizeof(float), stream, grad, order, starts,
            aligned, out);
+  });
+}
+
+void patch_embed_scatter(const PatchSums& sums, void* out, Type out_type, cudaStream_t stream) {
+  const dim3 block = block_for_rows_of(sums.width);
+  const int64_t lines = sums.images * sums.channels * sums.height;
+  with_float(sums.type, [&](auto row) {
+    with_float(out_type, [&](auto pixel) {
+      launch(scatter_kernel<decltype(row), decltype(pixel)>, unsigned(ceil_div(lines, block.y)), block, 0, stream, sums,
+             static_cast<decltype(pixel)*>(out));
+    });
   });
 }
 

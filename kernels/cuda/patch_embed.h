@@ -61,6 +61,20 @@ struct TokenGradient {
 void patch_embed_token_grad(const TokenGradient& grad, const int64_t* order, const int64_t* starts, int64_t patches, float* out,
                             cudaStream_t stream);
 
+// Rows of patches of images (B, C, H, W), entries in the order channel, row, column.
+struct PatchSums {
+  const void* rows;  // (B * taken, C * patch_height * patch_width)
+  Type type;
+  int64_t images;
+  int channels, height, width, patch_height, patch_width, grid_rows, grid_cols;
+  const int64_t *order, *starts;  // patch i of the batch is the sum of rows order[starts[i]] to order[starts[i + 1] - 1], or
+                                  // both are null, and it is row i
+  const float* factor;            // (C,) that sums are multiplied by, or null
+};
+
+// out (B, C, H, W) <- at each pixel the sum of the rows of its patch: the gradient of pixels.
+void patch_embed_scatter(const PatchSums& sums, void* out, Type out_type, cudaStream_t stream);
+
 // out <- `count` values in the host's memory, which can go when this returns. They travel as arguments of kernels: a copy from
 // pageable memory would wait for the device, and could not be captured in a graph.
 void patch_embed_upload(const float* values, int64_t count, float* out, cudaStream_t stream);

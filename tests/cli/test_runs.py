@@ -118,7 +118,7 @@ def test_faults_are_counted_and_reported(data: Path, tmp_path: Path) -> None:
         (["train", "--output-dir=unused", "--data=missing-*.tar", "--use-cpu"], "missing-*.tar"),
         (["train", "--output-dir=unused", "--data=x", "--use-cpu", "--pretrained=./no/where"], "no config.json"),
         (["eval", "--checkpoint=./nowhere", "--data=x"], "no config.json"),
-        (["fly"], "COMMAND must be one of train, eval; got 'fly'"),
+        (["fly"], "COMMAND must be one of train, eval, bench, doctor; got 'fly'"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:

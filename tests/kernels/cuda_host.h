@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -249,8 +250,10 @@ inline void run_block(size_t threads) {
   }
 }
 
+inline std::map<const void*, size_t> most_shared;  // bytes of dynamic shared memory by kernel, over its launches
+
 template <class Body>
-void run(dim3 grid, dim3 threads_of_block, size_t shared_bytes, Body body) {
+void run(const void* kernel, dim3 grid, dim3 threads_of_block, size_t shared_bytes, Body body) {
   const std::lock_guard<std::mutex> lock(launches);
   const size_t threads = size_t(threads_of_block.x) * threads_of_block.y * threads_of_block.z;
   if (threads == 0 || threads > 1024 || threads % kWarp)
@@ -263,6 +266,7 @@ void run(dim3 grid, dim3 threads_of_block, size_t shared_bytes, Body body) {
   block.seed = seed ? unsigned(std::strtoul(seed, nullptr, 10)) : 0;
   block.order.seed(block.seed);
   block.shared_bytes = shared_bytes;
+  most_shared[kernel] = std::max(most_shared[kernel], shared_bytes);
   block.shared.reset(shared_bytes ? new (std::align_val_t(128)) unsigned char[shared_bytes] : nullptr);
   while (block.fibers.size() < threads) add_fiber();
   block.body = [](void* argument) { (*static_cast<Body*>(argument))(); };

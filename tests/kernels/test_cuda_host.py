@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import cuda_resources
 import cuda_results
 import pytest
 import torch
@@ -76,14 +78,17 @@ def test_what_would_hang_or_overflow_on_a_gpu_is_named(facts, name: str, message
 
 
 def test_no_kernel_has_a_race(backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits whatever the order of threads between barriers and of blocks."""
+    """The same bits whatever the order of threads between barriers and of blocks; and the table's shared memory."""
     found = []
+    cuda_resources.shared_of_launches(_dispatch.cuda_core)
     for order in ORDERS:
         monkeypatch.setenv("VLMFAST_HOST_ORDER", str(order))
         found.append(dict(cuda_results.results()))
     for other in found[1:]:
         for name, tensors in found[0].items():
             assert all(torch.equal(a, b) for a, b in zip(tensors, other[name], strict=True)), name
+    shared = json.loads(cuda_resources.TABLE.read_text())["dynamic_shared"]
+    assert cuda_resources.shared_of_launches(_dispatch.cuda_core) == shared
 
 
 def test_no_kernel_goes_beyond_its_memory() -> None:

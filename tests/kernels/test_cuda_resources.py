@@ -23,6 +23,8 @@ def test_the_table_keeps_within_the_limits(architecture: str) -> None:
     for name, row in ARCHITECTURES[architecture].items():
         assert row["registers"] <= 255, name
         assert (row["stack"], row["spills"]) == (0, 0), name
+        assert row["shared"] <= 99 * 1024, name  # what a block can have at most on sm_86, 89 and 120
+        assert row.get("occupancy", 1) > 0, name
 
 
 @pytest.mark.skipif(core is None or not hasattr(core, "cuda"), reason="the extension was built without CUDA")
@@ -30,7 +32,7 @@ def test_the_table_is_what_the_compiler_makes() -> None:
     info = core.build_info()
     if info["nvcc"] != TABLE["nvcc"]:
         pytest.skip(f"the table is of nvcc {TABLE['nvcc']}, the extension of {info['nvcc']}")
-    found = cuda_resources.table()
+    found = cuda_resources.table(TABLE["dynamic_shared"])
     assert set(found) == {f"sm_{arch.removesuffix('a')}" for arch in info["cuda_archs"].split(",")}
     for architecture, rows in found.items():
         assert rows == TABLE[architecture]

@@ -6,8 +6,10 @@ With P = C*p*q entries of a patch, n patches of an image in row-major order, K o
 - forward returns tokens (B, k + K, O): normalised patches, rounded to the dtype of products, times weight.flatten(1).T
   with float32 sums, plus bias, after the prefix; plus position (k + n, O) or (B, k + n, O) at the taken patches.
 - backward(grad, ...) returns weight_grad (O, C, p, q) or (0,) where not asked for, and token_grad (k + n, O) or (0,):
-  grad summed over the batch, at the patches that it came from; both float32. What else is wanted follows from those and
-  from grad in PyTorch ops: the gradients of bias, prefix, position and (rarely wanted) pixels.
+  grad summed over the batch, at the patches that it came from; both float32. The gradients of bias, prefix and position
+  follow from token_grad.
+- scatter(rows, ...), for the rarely wanted gradients of pixels and of positions per image: rows (B, K, C*p*q) summed at
+  the pixels (B, C, H, W) that they came from, over std. Only "cuda" has a kernel for it; elsewhere PyTorch ops do it.
 
 Nothing but the inputs is saved for backward: patches are read from the pixels again.
 """
@@ -279,6 +281,28 @@ def _sum_over_batch(
     return total
 
 
+def reference_scatter(
+    rows: Tensor,
+    keep: Tensor | None,
+    patch: Sequence[int],
+    size: Sequence[int],
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    batch, (_, height, width) = len(rows), patch
+    grid = (-(-size[0] // height), -(-size[1] // width))
+    if keep is not None:
+        patches = keep + torch.arange(batch, device=keep.device)[:, None] * (grid[0] * grid[1])
+        total = rows.new_zeros((batch * grid[0] * grid[1], rows.shape[2]), dtype=torch.float32)
+        # Unlike scatter_add, repeatable on accelerators.
+        rows = total.index_put_((patches.flatten(),), rows.float().flatten(0, 1), accumulate=True)
+    images = rows.reshape(batch, *grid, *patch).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    images = images[:, :, : size[0], : size[1]].float()
+    if std is not None:
+        images = images / images.new_tensor(std)[:, None, None]
+    return images.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
 def _kernels() -> Any:
     return import_module("vlmfast.kernels.patch_embed")
 
@@ -319,6 +343,14 @@ def _backward(grad: Tensor, pixels: Tensor, *args: Any) -> tuple[Tensor, Tensor]
     return weight_grad, token_grad
 
 
+def _scatter(rows: Tensor, *args: Any) -> Tensor:
+    scatter: Any = reference_scatter
+    if choose("patch_embed", IMPLS, rows) is IMPLS["cuda"]:
+        scatter = cuda_kernels().patch_embed_scatter
+    scattered: Tensor = scatter(rows, *args)
+    return scattered
+
+
 def _fake_forward(
     pixels: Tensor,
     weight: Tensor,
@@ -350,6 +382,17 @@ def _fake_backward(
     )
 
 
+def _fake_scatter(
+    rows: Tensor,
+    keep: Tensor | None,
+    patch: Sequence[int],
+    size: Sequence[int],
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return rows.new_empty((rows.shape[0], patch[0], *size), dtype=dtype)
+
+
 _SPEC = "float[]? mean, float[]? std, bool pad, ScalarType product_dtype, ScalarType token_dtype"
 _forward_op = define(
     "patch_embed_forward",
@@ -365,6 +408,12 @@ _backward_op = define(
     " bool wants_token_grad," + _SPEC + ") -> (Tensor weight_grad, Tensor token_grad)",
     _backward,
     _fake_backward,
+)
+_scatter_op = define(
+    "patch_embed_scatter",
+    "(Tensor rows, Tensor? keep, SymInt[] patch, SymInt[] size, float[]? std, ScalarType dtype) -> Tensor",
+    _scatter,
+    _fake_scatter,
 )
 
 
@@ -385,11 +434,8 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight_grad, token_grad = _backward_op(grad, pixels, weight, keep, count, wants_weight, wants_tokens, *spec)
     position_grad = token_grad
     if wants_position and not ctx.shared_position:
-        position_grad = (
-            grad
-            if keep is None
-            else torch.cat([grad[:, :count], _scatter(grad[:, count:], pixels, weight, keep, spec.pad)], 1)
-        )
+        rows, columns = _patches.grid(pixels, weight, spec.pad)
+        position_grad = grad if keep is None else _position_grad(grad, keep, count, rows * columns)
     bias_dtype, prefix_dtype, position_dtype = ctx.dtypes
     return (
         _pixel_grad(grad[:, count:], pixels, weight, keep, spec) if wants_pixels else None,
@@ -401,29 +447,22 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _scatter(rows: Tensor, pixels: Tensor, weight: Tensor, keep: Tensor, pad: bool) -> Tensor:
-    """rows (B, K, X) summed at the patches that they belong to: (B, n, X)."""
-    height, width = _patches.grid(pixels, weight, pad)
-    patches = keep + torch.arange(len(keep), device=keep.device)[:, None] * (height * width)
-    total = rows.new_zeros((len(keep) * height * width, rows.shape[2]))
-    # Unlike scatter_add, repeatable on accelerators.
-    return total.index_put_((patches.flatten(),), rows.flatten(0, 1), accumulate=True).unflatten(0, (len(keep), -1))
-
-
 def _pixel_grad(grad: Tensor, pixels: Tensor, weight: Tensor, keep: Tensor | None, spec: Spec) -> Tensor:
     """(B, C, H, W), of pixels' dtype, from the gradient (B, K, O) of the patches' tokens."""
     rows = grad.to(spec.product_dtype) @ weight.flatten(1).to(spec.product_dtype)
-    if keep is not None:
-        rows = _scatter(rows, pixels, weight, keep, spec.pad)
-    height, width = _patches.grid(pixels, weight, spec.pad)
-    images = rows.unflatten(2, weight.shape[1:]).unflatten(1, (height, width)).permute(0, 3, 1, 4, 2, 5)
-    images = images.flatten(4, 5).flatten(2, 3)[:, :, : pixels.shape[2], : pixels.shape[3]].float()
-    if spec.std is not None:
-        images = images / images.new_tensor(spec.std)[:, None, None]
-    return images.to(pixels.dtype)
+    scattered: Tensor = _scatter_op(rows, keep, weight.shape[1:], pixels.shape[2:], spec.std, pixels.dtype)
+    return scattered
+
+
+def _position_grad(grad: Tensor, keep: Tensor, count: int, patches: int) -> Tensor:
+    """(B, k + n, O) from the gradient (B, k + K, O) of tokens: positions are images of n lines, one patch each."""
+    width = grad.shape[2]
+    scattered = _scatter_op(grad[:, count:], keep, (1, 1, width), (patches, width), None, grad.dtype)
+    return torch.cat([grad[:, :count], scattered[:, 0]], 1)
 
 
 torch.library.register_autograd(
     "vlmfast::patch_embed_forward", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
 )
 no_second_derivative("patch_embed_backward")
+no_second_derivative("patch_embed_scatter")
