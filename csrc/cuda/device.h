@@ -5,6 +5,8 @@
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
 
+#include <type_traits>
+
 #include "../../kernels/cuda/types.h"
 
 #ifndef VLMFAST_ON_HOST
@@ -48,10 +50,19 @@ inline at::Tensor mm_float32(const at::Tensor& a, const at::Tensor& b) {
 #endif
 }
 
-// Whether float32 operands must be multiplied as such: torch.get_float32_matmul_precision() is "highest".
+// Whether float32Precision of CUDA's products is TF32; it is asked in enumerators, in torch 2.9 in strings.
+template <class Precision, class Backend, class Op>
+bool is_tf32(Precision (at::Context::*float32_precision)(Backend, Op) const) {
+  const auto& context = at::globalContext();
+  if constexpr (std::is_enum_v<Backend>)
+    return (context.*float32_precision)(Backend::CUDA, Op::MATMUL) == Precision::TF32;
+  else
+    return (context.*float32_precision)("cuda", "matmul") == "tf32";
+}
+
+// Whether float32 operands must be multiplied as such: torch.backends.cuda.matmul.fp32_precision is not "tf32".
 inline bool wants_float32_products(const at::Tensor& operand) {
-  return operand.scalar_type() == at::kFloat &&
-         at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
+  return operand.scalar_type() == at::kFloat && !is_tf32(&at::Context::float32Precision);
 }
 
 }  // namespace vlmfast::cuda

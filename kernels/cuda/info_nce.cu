@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     }
 }
 
-// Tops are integers, so the powers of two are exact.
+// Tops are integers: a change of top costs the sum no more than the error of fast_exp2.
 __global__ void info_nce_merge_kernel(const float* partials, int64_t tiles, int64_t count, float* stats, int64_t total,
                                       int64_t first) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;

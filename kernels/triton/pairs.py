@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vlmfast.kernels.products import capability
+from vlmfast.kernels.products import allows_tf32, capability
 
 import triton
 import triton.language as tl
@@ -57,7 +57,7 @@ def config(tensor: Tensor, split: bool, max_block_n: int = 128) -> Config:
 
 def wants_float32(features: Tensor) -> bool:
     """Whether products must keep float32's accuracy: float32 features, unless torch may use TF32 for them."""
-    return features.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return features.dtype == torch.float32 and not allows_tf32()
 
 
 class Operands(NamedTuple):

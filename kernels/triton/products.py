@@ -37,7 +37,12 @@ def precision(tensor: Tensor) -> str:
     """tl.dot's input_precision: float32 products are six of bfloat16, or one of TF32 where torch may."""
     if tensor.device.type != "cuda":
         return "ieee"
-    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if allows_tf32() else "bf16x6"
+
+
+def allows_tf32() -> bool:
+    """Whether torch may multiply float32 matrices as TF32. Older getters raise where newer setters were used."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def capability(tensor: Tensor) -> int:

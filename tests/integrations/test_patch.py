@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,15 @@ def test_outputs_and_gradients_err_at_most_twice_as_much_as_the_originals(known:
     truths = results(exact, cast(inputs, torch.float64))
     eager, ours = results(original, inputs), results(model, inputs)
     assert ours.keys() == eager.keys()
-    epsilon, top = torch.finfo(dtype).eps, max(t.abs().max().item() for t in truths.values())
+    sizes = {name: truth.abs().max().item() for name, truth in truths.items()}
+    errors = {name: (eager[name].double() - truth).abs().max().item() for name, truth in truths.items()}
+    epsilon, top = torch.finfo(dtype).eps, max(sizes.values())
+    # One bias of hundreds may round luckily in the original: it counts as no better than its typical gradient.
+    typical = statistics.median(errors[name] / size for name, size in sizes.items() if size > epsilon * top)
     for name, truth in truths.items():
-        error, allowed = ((x[name].double() - truth).abs().max().item() for x in (ours, eager))
+        error, allowed = (ours[name].double() - truth).abs().max().item(), max(errors[name], typical * sizes[name])
         # Some gradients are zero but for rounding, as those of the keys' biases: of what they are summed from.
-        bound = 2 * allowed + epsilon * (4 * truth.abs().max().item() + 0.01 * top)
+        bound = 2 * allowed + epsilon * (4 * sizes[name] + 0.01 * top)
         assert error <= bound, f"{name}: error {error:.2e}, the original {allowed:.2e}, bound {bound:.2e}"
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vlmfast
-from vlmfast.ops import info_nce
+from vlmfast.ops import _dispatch, info_nce
 from vlmfast.ops._dispatch import core
 from vlmfast.ops.info_nce import IMPLS, reference
 
@@ -214,6 +215,24 @@ def test_bad_input_is_named(change: dict[str, object], error: type[Exception], m
         info_nce(**arguments)
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_float32_by_tf32_where_torch_may(backend: str, tf32: None) -> None:
+    """Asked for by the newer of torch's settings, after which its older getters raise."""
+    with pytest.raises(RuntimeError, match="without a specific backend name"):
+        torch.get_float32_matmul_precision()
+    image, text = (F.normalize(torch.randn(9, 8), dim=1).requires_grad_() for _ in range(2))
+    found, exact = (torch.autograd.grad(op(image, text, 20.0), (image, text)) for op in (info_nce, reference))
+    for ours, want in zip(found, exact, strict=True):
+        assert (ours - want).abs().max() <= 2e-3 * want.abs().max()
+
+
 def test_explain_and_forced_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 8)
     reasons = vlmfast.explain("info_nce", x, x, 1.0)
@@ -225,6 +244,11 @@ def test_explain_and_forced_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLMFAST_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="VLMFAST_BACKEND cannot run: cuda: "):
         info_nce(x, x, 1.0)
+    assert _dispatch.runs_on("80,90a", (8, 6))
+    assert _dispatch.runs_on("80,90a", (9, 0))
+    assert _dispatch.runs_on("80", (12, 0))
+    assert not _dispatch.runs_on("80,90a", (7, 5))
+    assert not _dispatch.runs_on("90a,100", (9, 1))
     monkeypatch.setenv("VLMFAST_BACKEND", "fast")
     with pytest.raises(ValueError, match=r"VLMFAST_BACKEND must be one of auto, .*; got 'fast'"):
         info_nce(x, x, 1.0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -54,9 +55,17 @@ def cuda_unsupported(first: torch.Tensor, *args: object) -> str | None:
         return f"the tensors are on {first.device.type}"
     if cuda_core is None:
         return CORE_MISSING or f"the C++ extension was built without CUDA: {core.build_info()['without_cuda']}"
-    if first.is_cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if first.is_cuda:
+        archs, capability = core.build_info()["cuda_archs"], torch.cuda.get_device_capability(first.device)
+        if not runs_on(archs, capability):
+            return f"the GPU has compute capability {capability}, the extension's CUDA kernels are for {archs}"
     return None
+
+
+def runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels for `archs`, such as "80,90a", run on a GPU: on that or, but for an "a", a later one."""
+    device = 10 * capability[0] + capability[1]
+    return any(arch == f"{device}a" if arch.endswith("a") else int(arch) <= device for arch in archs.split(","))
 
 
 def cuda_kernels() -> Any:
@@ -75,14 +84,20 @@ def triton_unsupported(kernels: str) -> Callable[..., str | None]:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _wanted() == "triton"
         if first.device.type != "cuda" and not interpreted:
             return f"the tensors are on {first.device.type}"
-        try:
-            module = import_module(f"vlmfast.kernels.{kernels}")
-        except ImportError as error:
-            return f"triton is not there ({error})"
-        reason: str | None = module.unsupported(first, *args)
+        module, missing = _triton_kernels(kernels)
+        reason: str | None = missing or module.unsupported(first, *args)
         return reason
 
     return unsupported
+
+
+@cache
+def _triton_kernels(kernels: str) -> tuple[Any, str | None]:
+    """The module and None, or None and why it cannot be imported; asked once, as a failing import takes its time."""
+    try:
+        return import_module(f"vlmfast.kernels.{kernels}"), None
+    except ImportError as error:
+        return None, f"triton is not there ({error})"
 
 
 def never(*args: object) -> None:
@@ -91,12 +106,16 @@ def never(*args: object) -> None:
 
 def explain(op: str, impls: Mapping[str, Impl], *args: object) -> dict[str, str | None]:
     """Why each backend of an op cannot run on these arguments, in order of preference; None where it can."""
+    return dict(_reasons(op, impls, *args))
+
+
+def _reasons(op: str, impls: Mapping[str, Impl], *args: object) -> Iterator[tuple[str, str | None]]:
     wanted = _wanted()
-    reasons = {name: impl.unsupported(*args) for name, impl in impls.items()}
-    if wanted != "auto":
-        missing = f"{op} has no {wanted} backend"
-        reasons = {wanted: reasons.get(wanted, missing)}
-    return reasons
+    if wanted == "auto":
+        for name, impl in impls.items():
+            yield name, impl.unsupported(*args)
+    else:
+        yield wanted, impls[wanted].unsupported(*args) if wanted in impls else f"{op} has no {wanted} backend"
 
 
 def choose(op: str, impls: Mapping[str, Impl], *args: object) -> Impl:
@@ -106,12 +125,13 @@ def choose(op: str, impls: Mapping[str, Impl], *args: object) -> Impl:
         RuntimeError: the backend named by VLMFAST_BACKEND cannot run; the message holds its reason.
         ValueError: VLMFAST_BACKEND is not one of the backends.
     """
-    reasons = explain(op, impls, *args)
-    for name, reason in reasons.items():
+    reasons: dict[str, str | None] = {}
+    for name, reason in _reasons(op, impls, *args):
         if reason is None:
-            if name == "torch" and len(reasons) > 1:
+            if name == "torch" and reasons:
                 _warn_of_fallback(op, reasons)
             return impls[name]
+        reasons[name] = reason
     details = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise RuntimeError(f"{op}: the backend named by VLMFAST_BACKEND cannot run: {details}")
 

@@ -107,7 +107,8 @@ def info_nce(
         (F.cross_entropy(logits, arange(N)) + F.cross_entropy(logits.T, arange(N))) / 2
 
     Args:
-        image (n, D): unit-norm image features; float32, float16 or bfloat16. Other norms are right too, but slower.
+        image (n, D): unit-norm image features; float32, float16 or bfloat16. Other norms are right too, but slower;
+            on accelerators entries must be within float16's range, 6e-8 to 65504, unless products are in float32.
         text (N, D): unit-norm text features of image's dtype; row i + label_offset belongs to image i.
         scale (): inverse temperature, the exponential of logit_scale; a tensor of any floating dtype on image's device,
             or a float.
@@ -118,7 +119,7 @@ def info_nce(
             evenly over all, as in F.cross_entropy (ALIGN).
         exclude_positive: leave the positive out of the denominators: InfoLOOB (CLOOB divides the result by scale).
         groups (row_ids (n,), col_ids (N,)): integers; text j is a positive of image i where their ids are equal, and
-            the target is spread evenly over the positives. Rows and columns without one have no loss.
+            the target is spread evenly over the positives. Rows and columns without one have no loss; n may exceed N.
         row_mask (n,): bool; where False, the pair has no loss in either direction, while its image and text stay
             negatives of the others. If all are False the loss is 0.
         recompute: False keeps (n, N) float32 exponentials for backward, True computes the logits again in tiles, in
@@ -134,8 +135,8 @@ def info_nce(
         RuntimeError: a second derivative is asked for, or the backend named by VLMFAST_BACKEND cannot run.
     Memory: O(N*D) recomputed, O(n*N) kept. FLOPs, forward and backward: 8*n*N*D recomputed, 6*n*N*D kept; a side
     without gradient saves 2*n*N*D. On a GPU, bfloat16 and float16 features are multiplied as float16 with float32 sums,
-    and float32 ones too (in a fraction of the time) unless torch.get_float32_matmul_precision() is "highest", which is
-    torch's default. Repeatable bit for bit for a given number of threads.
+    and float32 ones too (in a fraction of the time) where torch may use TF32, torch.backends.cuda.matmul.fp32_precision
+    being "tf32", which is not its default. Repeatable bit for bit for a given number of threads.
     Source: Radford et al. 2021, figure 3; van den Oord et al. 2018, equation 4; Jia et al. 2021 (label smoothing);
     Fuerst et al. 2022, equation 2 (InfoLOOB).
     """
@@ -165,7 +166,8 @@ def _check_options(
     groups: Groups | None,
     row_mask: Tensor | None,
 ) -> None:
-    _pairs.check_label_offset("info_nce", label_offset, image, text)
+    if groups is None:
+        _pairs.check_label_offset("info_nce", label_offset, image, text)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"info_nce: label_smoothing must be in [0, 1]; got {label_smoothing}")
     if row_mask is not None:
@@ -255,7 +257,10 @@ def _weights(
         row_count, col_count = _pairs.count_matches(codes[0], codes[1]), _pairs.count_matches(codes[1], codes[0])
         rows, cols = (row_count > 0).double(), (col_count > 0).double()
         row_total, col_total = rows.sum().clamp(min=1), cols.sum().clamp(min=1)
-        return share * rows, (1 - share) * cols * (row_total / col_total), row_count, col_count, 1 / row_total
+        # Of the side with fewer losses, so that no weight is above 1: backends may hold gradients of logits in float16.
+        fewer = torch.minimum(row_total, col_total) if bidirectional else row_total
+        row_weight, col_weight = share * rows * (fewer / row_total), (1 - share) * cols * (fewer / col_total)
+        return row_weight, col_weight, row_count, col_count, 1 / fewer
     rows = torch.ones(n, dtype=torch.float64, device=image.device) if row_mask is None else row_mask.double()
     cols = rows.new_zeros(columns)
     cols[label_offset : label_offset + n] = (1 - share) * rows

@@ -297,10 +297,10 @@ def reference_scatter(
         # Unlike scatter_add, repeatable on accelerators.
         rows = total.index_put_((patches.flatten(),), rows.float().flatten(0, 1), accumulate=True)
     images = rows.reshape(batch, *grid, *patch).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-    images = images[:, :, : size[0], : size[1]].float()
-    if std is not None:
-        images = images / images.new_tensor(std)[:, None, None]
-    return images.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    images = images[:, :, : size[0], : size[1]].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    for channel, spread in enumerate(std or ()):  # a tensor of std would be copied to a GPU, which waits
+        images[:, channel] /= spread
+    return images.to(dtype)
 
 
 def _kernels() -> Any:
