@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CORES := $(shell nproc 2>/dev/null || echo 2)
+# One more than there are cores: some tests wait for programs that they start.
+WORKERS := $(shell expr 1 + $$(nproc 2>/dev/null || echo 2))
 
 .PHONY: install lint test demo docs clean
 
@@ -24,7 +25,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses $(CORES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses $(WORKERS)
 
 demo: install
 	$(BIN)/python examples/demo.py

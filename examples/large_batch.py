@@ -70,6 +70,8 @@ def main() -> None:
     torch.manual_seed(0)  # the same weights on every rank
     model: Any = Encoder(CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT)))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)  # where FSDP and NCCL look for it
     model.to(device)
     options: dict[str, Any] = {}
     if args.how == "accelerate":
