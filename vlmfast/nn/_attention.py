@@ -22,11 +22,12 @@ def merge_heads(t: Tensor) -> Tensor:
 
 
 def share(module: Module, original: nn.Module) -> Module:
-    """Gives module original's parameters, the same objects under the same names, and its mode; returns module.
+    """Gives module original's parameters, the same objects under the same names, and the modes; returns module.
 
     Raises:
-        ValueError: names or shapes differ.
+        ValueError: names or shapes differ, or what the submodules are.
     """
+    _check_submodules(module, original)
     own, given = dict(module.named_parameters()), dict(original.named_parameters())
     if own.keys() != given.keys():
         raise ValueError(
@@ -40,7 +41,35 @@ def share(module: Module, original: nn.Module) -> Module:
             )
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, parameter)
-    return module.train(original.training)
+    copy_modes(original, module)
+    return module
+
+
+def copy_modes(source: nn.Module, target: nn.Module) -> None:
+    """Gives target and its submodules the modes, training or not, of source's of the same names."""
+    modes = {name: module.training for name, module in source.named_modules()}
+    for name, module in target.named_modules():
+        module.training = modes.get(name, module.training)
+
+
+def _check_submodules(module: nn.Module, original: nn.Module) -> None:
+    """A layer that was exchanged for another, or set up otherwise, would not compute what it computes in original."""
+    given = dict(original.named_modules(remove_duplicate=False))
+    own = dict(module.named_modules(remove_duplicate=False))
+    for name in [*own, *(name for name in given if name not in own)]:
+        wanted, got = (_description(modules.get(name)) for modules in (own, given))
+        if name and wanted != got:
+            raise ValueError(f"{type(module).__name__}: the original's {name} must be {wanted}; got {got}")
+
+
+def _description(module: nn.Module | None) -> str:
+    """What a submodule computes, but for its parameters."""
+    if module is None:
+        return "none"
+    # Modules of modules have the library's own class in original.
+    kind = type(module).__name__ if [*module.children()] else f"{type(module).__module__}.{type(module).__qualname__}"
+    options = [f"{name}={getattr(module, name)}" for name in ("eps", "approximate") if hasattr(module, name)]
+    return f"{kind}({', '.join(options)})"
 
 
 def key_bias(name: str, mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
