@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import statistics
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,9 @@ def test_only_what_is_asked_for() -> None:
         vlmfast.patch(model, only=["stem"])
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got dict"):
         vlmfast.patch({})
+    for only in (5, [1]):
+        with pytest.raises(TypeError, match=r"only must be a word or a list of words.*; got (5|\[1\])"):
+            vlmfast.patch(model, only=only)
 
 
 def test_two_models_stay_apart() -> None:
@@ -297,3 +301,210 @@ def test_patched_and_unpatched_through_a_wrapper_made_in_between() -> None:
 def test_a_model_of_nothing_known() -> None:
     report = vlmfast.patch(nn.Sequential(nn.Linear(2, 2)))
     assert (report.replaced, report.left) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "align"])
+def test_a_loss_of_unequal_batches_is_refused(name: str) -> None:
+    model, inputs = MODELS[name].make()
+    vlmfast.patch(model)
+    with pytest.raises(ValueError, match=r"return_loss=True needs a text for each image; got 3 images and 4 texts"):
+        model(**{**inputs, "pixel_values": inputs["pixel_values"][:3]})
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("open_clip", "model.visual.transformer"), ("vit", "vit.embeddings.dropout"), ("flamingo", "attend.ff")],
+)
+def test_modes_of_submodules_stay(name: str, part: str) -> None:
+    model, _ = MODELS[name].make()
+    model.train().get_submodule(part).eval()
+    modes = {path: module.training for path, module in model.named_modules()}
+    vlmfast.patch(model)
+    assert {path: module.training for path, module in model.named_modules()} == modes
+    model.get_submodule(part).train()
+    model.get_submodule(part.rpartition(".")[0]).training = False
+    modes = {path: module.training for path, module in model.named_modules()}
+    vlmfast.unpatch(model)
+    assert {path: module.training for path, module in model.named_modules()} == modes
+
+
+def test_changed_submodules_of_flamingo_are_left() -> None:
+    def another_activation(model: Any) -> None:
+        model.attend.ff[2] = nn.ReLU()
+
+    def approximate(model: Any) -> None:
+        model.attend.ff[2].approximate = "tanh"
+
+    def another_eps(model: Any) -> None:
+        model.attend.attn.norm.eps = 0.1
+
+    def one_more(model: Any) -> None:
+        model.attend.ff.append(nn.Dropout(0.1))
+
+    for change, reason in (
+        (
+            another_activation,
+            r"ff.2 must be torch.nn.modules.activation.GELU(approximate=none); got torch.nn.modules.a",
+        ),
+        (approximate, r"(approximate=none); got torch.nn.modules.activation.GELU(approximate=tanh)"),
+        (another_eps, r"attn.norm must be torch.nn.modules.normalization.LayerNorm(eps=1e-05); got torch"),
+        (one_more, r"ff.4 must be none; got torch.nn.modules.dropout.Dropout()"),
+    ):
+        model, _ = MODELS["flamingo"].make()
+        change(model)
+        report = vlmfast.patch(model)
+        assert [name for name, _, _ in report.replaced] == ["resampler"]
+        ((name, _, found),) = report.left
+        assert name == "attend"
+        assert reason in found
+
+
+@pytest.mark.parametrize("name", ["idefics", "mllama"])
+def test_a_cross_attention_with_dropout_is_left_and_trains(name: str) -> None:
+    model, inputs = MODELS[name].make()
+    layers = [module for module in model.modules() if hasattr(module, "cross_attn")]
+    for layer in layers:
+        layer.cross_attn.dropout = 0.1
+    report = vlmfast.patch(model.train())
+    assert not report.replaced
+    assert len(report.left) == len(layers)
+    assert "its dropout is 0.1" in report.left[0][2]
+    model(**inputs)["loss"].backward()
+
+
+def test_the_other_dropout_of_idefics_counts_too() -> None:
+    model, _ = MODELS["idefics"].make()
+    model.model.gated_cross_attn_layers[0].config = 0.2
+    assert [reason[:19] for _, _, reason in vlmfast.patch(model).left] == ["its dropout is 0.2,"]
+
+
+def test_cast_to_float64_it_is_the_original() -> None:
+    model, inputs = clip()
+    vlmfast.patch(model)
+    model.double()
+    out = model(**cast(inputs, torch.float64))
+    assert out.loss.dtype == torch.float64
+    assert out.logits_per_image is not None
+
+
+def test_pickled_and_copied_its_forward_is_its_own() -> None:
+    model, inputs = clip()
+    vlmfast.patch(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            other.logit_scale.zero_()
+        assert other(**inputs).logits_per_image is None
+        assert other(**inputs).loss != model(**inputs).loss
+        vlmfast.unpatch(other)
+        assert other(**inputs).logits_per_image is not None
+
+
+def test_replicas_of_data_parallel_use_themselves() -> None:
+    model, inputs = clip()
+    vlmfast.patch(model)
+    replica = model._replicate_for_data_parallel()
+    for name, child in model.named_children():
+        replica._modules[name] = child
+    replica._parameters = {"logit_scale": torch.zeros(())}
+    assert replica(**inputs).logits_per_image is None
+    assert replica(**inputs).loss != model(**inputs).loss
+    vlmfast.unpatch(model)
+    assert "_replicate_for_data_parallel" not in vars(model)
+
+
+def test_wrapped_and_unwrapped_by_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    model, inputs = clip()
+    vlmfast.patch(model)
+    expected = model(**inputs).loss
+    wrapped = accelerator.prepare_model(model)
+    assert wrapped(**inputs).logits_per_image is None
+    with pytest.raises(ValueError, match="unpatch: the forward of its CLIPModel was replaced since it was patched"):
+        vlmfast.unpatch(model)
+    assert wrapped(**inputs).logits_per_image is None
+    unwrapped = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    assert torch.equal(unwrapped(**inputs).loss, expected)
+    vlmfast.unpatch(unwrapped)
+    assert unwrapped(**inputs).logits_per_image is not None
+
+
+def test_a_with_block_undoes_its_own_changes_alone() -> None:
+    model, inputs = clip()
+    vlmfast.patch(model, only="loss")
+    with vlmfast.patch(model) as report:
+        assert [name for name, _, _ in report.replaced] == ["vision_model.embeddings"]
+    assert type(model.vision_model.embeddings).__module__.startswith("transformers")
+    assert model(**inputs).logits_per_image is None
+    with vlmfast.patch(model):
+        vlmfast.unpatch(model)
+        assert model(**inputs).logits_per_image is not None
+        vlmfast.patch(model)
+    assert model(**inputs).logits_per_image is None
+
+
+def test_a_forward_that_was_deleted_is_replaced_again() -> None:
+    model, inputs = clip()
+    vlmfast.patch(model)
+    del model.forward
+    assert model(**inputs).logits_per_image is not None
+    assert [name for name, _, _ in vlmfast.patch(model).replaced] == [""]
+    vlmfast.unpatch(model)
+    assert model(**inputs).logits_per_image is not None
+
+
+def test_attributes_set_since_are_kept_by_unpatch() -> None:
+    both, _ = MODELS["open_clip"].make()
+    visual = both.model.visual
+    visual.image_mean = visual.image_std = (0.5, 0.5, 0.5)
+    vlmfast.patch(both)
+    both.model.visual.output_tokens = True
+    vlmfast.unpatch(both)
+    assert both.model.visual is visual
+    assert visual.output_tokens
+    assert not {"mean", "std", "layout"} & vars(visual).keys()
+    model, inputs = MODELS["timm"].make()
+    vlmfast.patch(model)
+    model.model.set_input_size(img_size=64)
+    images = torch.randn(4, 3, 64, 64)
+    expected = model(images, inputs["labels"])["loss"]
+    vlmfast.unpatch(model)
+    torch.testing.assert_close(model(images, inputs["labels"])["loss"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_taken_out_or_exchanged_since_stays_so() -> None:
+    both, _ = MODELS["open_clip"].make()
+    vlmfast.patch(both)
+    del both.model.visual
+    vlmfast.unpatch(both)
+    assert not hasattr(both.model, "visual")
+    model, _ = MODELS["flamingo"].make()
+    vlmfast.patch(model)
+    model.attend = nn.Identity()
+    vlmfast.unpatch(model)
+    assert type(model.attend) is nn.Identity
+    assert type(model.resampler).__module__.startswith("flamingo_pytorch")
+
+
+def test_it_is_not_unpatched_inside_of_a_wrapper() -> None:
+    model, _ = MODELS["vit"].make()
+    vlmfast.patch(model)
+    stem = model.vit.embeddings
+    model.vit.embeddings = nn.Sequential(stem)
+    with pytest.raises(ValueError, match="unpatch: its ViTEmbeddings is inside of a Sequential since it was patched"):
+        vlmfast.unpatch(model)
+    model.vit.embeddings = stem
+    stem.forward = stem.forward
+    with pytest.raises(ValueError, match="unpatch: the forward of its ViTEmbeddings was replaced since"):
+        vlmfast.unpatch(model)
+
+
+def test_a_module_under_two_names_is_replaced_at_both() -> None:
+    model, _ = MODELS["flamingo"].make()
+    model.again = model.attend
+    report = vlmfast.patch(model)
+    assert [name for name, _, _ in report.replaced] == ["resampler", "attend", "again"]
+    assert model.again is model.attend
+    vlmfast.unpatch(model)
+    assert model.again is model.attend
+    assert type(model.attend).__module__.startswith("flamingo_pytorch")

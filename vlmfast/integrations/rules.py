@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vlmfast.ops._pairs import DTYPES
 
 KINDS = ("patch_embed", "cross_attention", "loss")
 
@@ -57,7 +60,7 @@ def _transformers() -> Iterator[Rule]:
         ("MllamaCrossAttentionDecoderLayer", {"empty": "all"}),  # what the original computes
     ):
         layer = getattr(cross, name)
-        yield Rule("cross_attention", layer.__bases__[0], partial(layer.from_module, **options))
+        yield Rule("cross_attention", layer.__bases__[0], partial(_cross_attention, layer, options))
     for module, name, loss in (
         ("clip", "CLIPModel", _info_nce),
         ("vision_text_dual_encoder", "VisionTextDualEncoderModel", _info_nce),
@@ -68,11 +71,20 @@ def _transformers() -> Iterator[Rule]:
         library = import_module(f"transformers.models.{module}.modeling_{module}")
         original = getattr(library, name)
         output = library.CLIPOutput if original.__name__.startswith("VisionText") else _output_class(original)
-        yield Rule("loss", original, partial(_WithoutLogits, loss=loss, output=output))
+        yield Rule("loss", original, partial(_without_logits, loss=loss, output=output))
     many = "its contrastive loss is one of several inside of its forward; use vlmfast.ops.info_nce on its features"
     yield _left("loss", "transformers.models.flava.modeling_flava", "FlavaForPreTraining", many)
     bridge = "transformers.models.bridgetower.modeling_bridgetower"
     yield _left("loss", bridge, "BridgeTowerForContrastiveLearning", many)
+
+
+def _cross_attention(layer: Any, options: dict[str, Any], original: Any) -> nn.Module:
+    """IDEFICS' config is its other dropout; Mllama has none."""
+    dropout = max(original.cross_attn.dropout, getattr(original, "config", 0))
+    if dropout > 0:
+        raise ValueError(f"its dropout is {dropout}, and can only be 0: set it in the config before the model is made")
+    replaced: nn.Module = layer.from_module(original, **options)
+    return replaced
 
 
 def _open_clip() -> Iterator[Rule]:
@@ -185,24 +197,41 @@ class _CoCaLoss:
         return clip_loss, caption_loss
 
 
+class Method:
+    """function bound to a module, for the module's __dict__.
+
+    It has what Python's methods have, for those who bind its function anew (accelerate); in copies and pickles of the
+    module it is bound to the copy.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.__func__, self.__self__ = function, module
+        # transformers' Trainer chooses a dataset's columns by the forward's argument names.
+        self.__signature__ = inspect.signature(MethodType(function, module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+
+def _without_logits(model: Any, loss: Loss, output: Any) -> Method:
+    return Method(_WithoutLogits(model, loss, output), model)
+
+
 class _WithoutLogits:
     """The forward of one of transformers' two-tower models; with return_loss=True it does not build (N, N) logits.
 
     The output is then the original's class with loss, image_embeds, text_embeds and the towers' outputs, and None for
-    both logits. Anything else, return_dict=False too, is the original's forward.
+    both logits. Anything else, return_dict=False and float64 features too, is the original's forward.
     """
 
     def __init__(self, model: Any, loss: Loss, output: Any) -> None:
-        self.model, self.loss, self.output = model, loss, output
-        signature = inspect.signature(type(model).forward)
-        # transformers' Trainer chooses a dataset's columns by the forward's argument names.
-        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
-        self.encoders = {side: getattr(model, f"get_{side}_features") for side in ("image", "text")}
-        self.explicit = {side: set(inspect.signature(encode).parameters) for side, encode in self.encoders.items()}
+        self.loss, self.output = loss, output
+        self.__signature__ = inspect.signature(type(model).forward)
+        self.explicit = {side: set(inspect.signature(_encoder(model, side)).parameters) for side in ("image", "text")}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.model
-        given = dict(self.__signature__.bind(*args, **kwargs).arguments)
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(self.__signature__.bind(model, *args, **kwargs).arguments)
+        given.pop("self")
         given.update(given.pop("kwargs", {}))
         wanted = given.pop("return_loss", None)
         as_dict = given.pop("return_dict", None)
@@ -212,8 +241,15 @@ class _WithoutLogits:
         for side, other in (("image", "text"), ("text", "image")):
             others = self.explicit[other] - self.explicit[side]
             passed = {name: value for name, value in given.items() if name not in others}
-            outputs[side] = self.encoders[side](**passed)
+            outputs[side] = _encoder(model, side)(**passed)
         image, text = (_unit(outputs[side]) for side in ("image", "text"))
+        if len(image) != len(text):
+            raise ValueError(
+                f"{type(model).__name__}: return_loss=True needs a text for each image; got {len(image)} images and "
+                f"{len(text)} texts"
+            )
+        if image.dtype not in DTYPES:
+            return type(model).forward(model, *args, **kwargs)
         return self.output(
             loss=self.loss(model, image, text),
             image_embeds=image,
@@ -221,6 +257,10 @@ class _WithoutLogits:
             vision_model_output=_model_output(outputs["image"]),
             text_model_output=_model_output(outputs["text"]),
         )
+
+
+def _encoder(model: Any, side: str) -> Any:
+    return getattr(model, f"get_{side}_features")
 
 
 def _unit(output: Any) -> Tensor:
