@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
+import math
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +19,24 @@ import torch
 from vlmfast.ops._dispatch import core
 
 PEERS = ("open_clip_torch", "transformers", "timm", "flamingo-pytorch", "memeff", "inf-cl", "siglip-kernel")
+
+
+def to_json(found: Any) -> str:
+    """JSON text of what was found; numbers that JSON has no word for, NaN and the infinities, are null."""
+    return json.dumps(_finite(found), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(found: Any) -> Any:
+    if isinstance(found, Mapping):
+        return {key: _finite(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+def size_name(numbers: Mapping[str, int]) -> str:
+    """A size as one word of text, such as 'N 64 D 16'."""
+    return " ".join(f"{key} {value}" for key, value in numbers.items())
 
 
 def print_table(name: str, baseline: str, group: Sequence[dict[str, Any]]) -> None:
@@ -31,11 +53,13 @@ def print_table(name: str, baseline: str, group: Sequence[dict[str, Any]]) -> No
     for row in group:
         ratio = f"{base / row['median_s']:.2f}" if base else ""
         error = row.get("error", {})
-        memory = float("nan") if row["peak_extra_mb"] is None else row["peak_extra_mb"]
+        memory, value, gradient = (
+            math.nan if number is None else number
+            for number in (row["peak_extra_mb"], error.get("value"), error.get("gradient"))
+        )
         print(
             f"{row['provider']:32}{row['median_s'] * 1e3:9.1f}{row['iqr_s'] * 1e3:8.1f}{ratio:>24}{row['gflops']:9.0f}"
-            f"{row['share_of_gemm']:9.0%}{memory:9.0f}"
-            f"{error.get('value', float('nan')):10.1e}{error.get('gradient', float('nan')):10.1e}"
+            f"{row['share_of_gemm']:9.0%}{memory:9.0f}{value:10.1e}{gradient:10.1e}"
         )
     sys.stdout.flush()
 
@@ -76,20 +100,35 @@ PANELS = {
 """What is drawn of a row; a gradient's error is relative to the largest gradient."""
 
 
+def _positive(value: Value, row: dict[str, Any]) -> float | None:
+    """The row's value, if a logarithmic axis has a place for it."""
+    found = value(row)
+    return found if found is not None and 0 < found < math.inf else None
+
+
 def lines_plot(rows: Sequence[dict[str, Any]], header: dict[str, Any], title: str, path: Path) -> None:
-    """Time, memory and error against the size's first number, a line per provider; panels per dtype."""
-    axis_name, *others = rows[0]["size"]
+    """Time, memory and error against the size's first number; panels per dtype.
+
+    A line per provider and size's other numbers, which are in the title if they are all the same.
+    """
+    axis_name = next(iter(rows[0]["size"]))
+
+    def others(row: dict[str, Any]) -> str:
+        return size_name({key: value for key, value in row["size"].items() if key != axis_name})
+
+    kinds = list(dict.fromkeys(map(others, rows)))
 
     def draw(axis: Any, chosen: dict[str, list[dict[str, Any]]], value: Value, color: Color) -> None:
         for number, (name, group) in enumerate(chosen.items()):
-            points = sorted((row["size"][axis_name], value(row)) for row in group if value(row))
-            if points:
-                style = "-" if name.startswith("vlmfast") else "--"
-                axis.plot(*zip(*points, strict=True), style, marker="o", label=name, color=color(number % 20))
+            style = "-" if name.startswith("vlmfast") else "--"
+            for kind, marker in zip(kinds, itertools.cycle("os^Dv")):
+                points = sorted((r["size"][axis_name], value(r)) for r in group if others(r) == kind and value(r))
+                label = name if len(kinds) == 1 else f"{name}, {kind}"
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, marker=marker, label=label, color=color(number % 20))
         axis.set(xscale="log", yscale="log", xlabel=axis_name)
 
-    fixed = ", ".join(f"{key} {rows[0]['size'][key]}" for key in others)
-    _panels(rows, header, f"{title}: {fixed}", path, draw)
+    _panels(rows, header, f"{title}: {kinds[0]}" if len(kinds) == 1 else title, path, draw)
 
 
 def bars_plot(rows: Sequence[dict[str, Any]], header: dict[str, Any], title: str, path: Path) -> None:
@@ -127,7 +166,7 @@ def _panels(rows: Sequence[dict[str, Any]], header: dict[str, Any], title: str, 
     for dtype, line in zip(dtypes, axes, strict=True):
         chosen = {name: [row for row in rows if (row["provider"], row["dtype"]) == (name, dtype)] for name in names}
         for (label, value), axis in zip(PANELS.items(), line, strict=True):
-            draw(axis, chosen, value, colors)
+            draw(axis, chosen, functools.partial(_positive, value), colors)
             axis.set(ylabel=label, title=dtype)
             axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
