@@ -82,6 +82,51 @@ def test_a_broken_backend_makes_the_exit_code_1(
     assert "3 wrong" in printed
 
 
+@without_gpu
+def test_a_gpu_that_is_of_no_use_leaves_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "devices", lambda: ["cpu", "cuda"])
+    asked = []
+
+    def reasons(device: str) -> doctor.Reasons:
+        asked.append(device)
+        return {"gated_residual": {"torch": None}}
+
+    monkeypatch.setattr(doctor, "reasons", reasons)
+    found = doctor.report()
+    assert asked == ["cpu", "cuda"]  # once each, before the checks
+    assert [row["passed"] for row in found["checks"]] == [True] * 3 + [False] * 3
+    assert not found["passed"]
+    assert "bandwidth, matrix products, shares of the roofline: " in found["not_checked"][0]
+    assert "6 checks, 3 wrong" in lines(found)
+
+
+def test_a_problem_that_cannot_be_made_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> doctor.Problem:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(doctor, "runnable", lambda device: [("gated_residual", "torch")])
+    monkeypatch.setattr(doctor, "make_problem", full)
+    assert doctor.check("gated_residual", "torch", torch.float32, "cpu")["failures"] == ["OutOfMemoryError: no memory"]
+    timed = doctor.timings("cpu", {})
+    assert [row["failure"] for row in timed] == ["OutOfMemoryError: no memory"] * 3
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "report", lambda: pytest.fail("checks ran"))
+    assert main(["doctor", "--json", str(tmp_path)]) == 2
+    assert f"--json must be a file that can be written; got {tmp_path}" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_have_a_line() -> None:
+    outputs = {"output": {"error": None, "eager": 0.0, "bound": 1.0}}
+    check = {"op": "info_nce", "backend": "torch", "device": "cpu", "dtype": "float32", "passed": False}
+    found = {"machine": {}, "backends": {}, "kernels": {}, "not_checked": []}
+    text = lines({**found, "checks": [{**check, "outputs": outputs, "failures": []}]})
+    assert next(line for line in text if "info_nce" in line).split()[-2:] == ["WRONG", "inf"]
+
+
 def test_backends_are_asked_whatever_is_forced_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = doctor.reasons("cpu")
     monkeypatch.setenv("VLMFAST_BACKEND", "cuda")

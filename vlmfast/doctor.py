@@ -56,6 +56,7 @@ class Problem:
 
 
 Maker = Callable[[torch.dtype, str, bool], Problem]
+Reasons = dict[str, dict[str, str | None]]
 
 
 def _loss(*scalars: float, units: int) -> Maker:
@@ -206,8 +207,9 @@ def check(op: str, backend: str, dtype: torch.dtype, device: str) -> dict[str, A
     row: dict[str, Any] = {"op": op, "backend": backend, "device": device, "dtype": str(dtype).removeprefix("torch.")}
     outputs: dict[str, dict[str, float]] = {}
     failures: list[str] = []
-    problem, public, eager_op = make_problem(op, dtype, device), getattr(vlmfast.ops, op), reference(op)
+    public, eager_op = getattr(vlmfast.ops, op), reference(op)
     try:
+        problem = make_problem(op, dtype, device)
         with forced(backend):
             ours, again = results(public, problem), results(public, problem)
         exact, eager = results(eager_op, problem, torch.float64), results(eager_op, problem)
@@ -232,10 +234,14 @@ def devices() -> list[str]:
 
 def runnable(device: str) -> list[tuple[str, str]]:
     """(op, backend) of all that can run on the device's tensors."""
-    return [(op, name) for op, why in reasons(device).items() for name, reason in why.items() if reason is None]
+    return _running(reasons(device))
 
 
-def reasons(device: str) -> dict[str, dict[str, str | None]]:
+def _running(whys: Reasons) -> list[tuple[str, str]]:
+    return [(op, name) for op, why in whys.items() for name, reason in why.items() if reason is None]
+
+
+def reasons(device: str) -> Reasons:
     """Per op, why each backend would not run on tensors of the device, which may be missing here; None where it would.
 
     Each is asked as if VLMFAST_BACKEND named it: triton runs on CPU tensors when it is asked for in its interpreter.
@@ -245,7 +251,7 @@ def reasons(device: str) -> dict[str, dict[str, str | None]]:
     else:
         with FakeTensorMode(allow_non_fake_inputs=True):
             probe = (torch.empty(1, 1, 1, 32, device=device),) * 3
-    found: dict[str, dict[str, str | None]] = {}
+    found: Reasons = {}
     for op, impls in implementations().items():
         found[op] = {}
         for name, impl in impls.items():
@@ -344,10 +350,11 @@ def timings(device: str, peak: Mapping[str, float], *, large: bool = True, round
     rows = []
     for op, backend in runnable(device):
         for name, dtype in DTYPES.items():
-            problem, public = make_problem(op, dtype, device, large=large), getattr(vlmfast.ops, op)
+            public = getattr(vlmfast.ops, op)
             row: dict[str, Any] = {"op": op, "backend": backend, "device": device, "dtype": name}
-            roof = max(problem.operations / peak[name], problem.bytes / peak["bandwidth"])
             try:
+                problem = make_problem(op, dtype, device, large=large)
+                roof = max(problem.operations / peak[name], problem.bytes / peak["bandwidth"])
                 with forced(backend):
                     taken = _rate(functools.partial(results, public, problem), device, rounds)
             except Exception as error:  # said in the row; the check of the same backend decides the exit code
@@ -357,10 +364,10 @@ def timings(device: str, peak: Mapping[str, float], *, large: bool = True, round
     return rows
 
 
-def _left_out(device: str) -> list[str]:
+def _left_out(device: str, whys: Reasons) -> list[str]:
     """The backends that cannot run on the device, a line for all ops that have the same reason."""
     ops_of: dict[tuple[str, str], list[str]] = {}
-    for op, why in reasons(device).items():
+    for op, why in whys.items():
         for backend, reason in why.items():
             if reason:
                 ops_of.setdefault((backend, reason), []).append(op)
@@ -370,19 +377,21 @@ def _left_out(device: str) -> list[str]:
 def report() -> dict[str, Any]:
     """All of it, as `vlmfast doctor --json` writes it; `passed` says whether every check did."""
     here = devices()
-    asked = [(op, backend, device) for device in here for op, backend in runnable(device)]
+    # Before the checks: once a kernel has made an illegal access, whatever asks the GPU raises.
+    backends = {device: reasons(device) for device in ("cpu", "cuda")}
+    found: dict[str, Any] = {"machine": facts(), "backends": backends, "kernels": kernels()}
+    not_checked = [line for device in here for line in _left_out(device, backends[device])]
+    asked = [(op, backend, device) for device in here for op, backend in _running(backends[device])]
     checks = [check(op, backend, dtype, device) for op, backend, device in asked for dtype in DTYPES.values()]
-    not_checked = [line for device in here for line in _left_out(device)]
-    found: dict[str, Any] = {
-        "machine": facts(),
-        "backends": {device: reasons(device) for device in ("cpu", "cuda")},
-        "kernels": kernels(),
-        "checks": checks,
-    }
+    passed = all(row["passed"] for row in checks)
+    speed = "bandwidth, matrix products, shares of the roofline"
     if "cuda" in here:
-        found["rates"] = rates("cuda")
-        found["timings"] = timings("cuda", found["rates"])
+        try:
+            peak = rates("cuda")
+            found |= {"rates": peak, "timings": timings("cuda", peak)}
+        except Exception as error:  # whatever a broken or full GPU does is the finding
+            not_checked.append(f"{speed}: {type(error).__name__}: {error}")
+            passed = False
     else:
-        everything = "every op on CUDA tensors, bandwidth, matrix products, shares of the roofline"
-        not_checked.append(f"{everything}: needs a CUDA GPU")
-    return {**found, "not_checked": not_checked, "passed": all(row["passed"] for row in checks)}
+        not_checked.append(f"every op on CUDA tensors, {speed}: needs a CUDA GPU")
+    return {**found, "checks": checks, "not_checked": not_checked, "passed": passed}

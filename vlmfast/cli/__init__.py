@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -17,6 +18,8 @@ COMMANDS = {
     "bench": ("vlmfast.cli.bench", "Ops and training steps beside what people use instead: time, memory, error."),
     "doctor": ("vlmfast.cli.doctor", "What runs on this machine, why not the rest, and whether it is right."),
 }
+FINDINGS = ("bench", "doctor")
+"""Commands whose exit code 1 is a finding; their errors are 2."""
 EXTRAS = {"bench": "bench"}
 """The extra that a command's optional packages are of, where it is not `train`."""
 
@@ -49,4 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("VLMFAST_TRACEBACK") == "1":
             raise
         print(f"vlmfast {command}: {error}", file=sys.stderr)
-    return 1
+    except Exception:
+        if command not in FINDINGS or os.environ.get("VLMFAST_TRACEBACK") == "1":
+            raise
+        traceback.print_exc()
+    return 2 if command in FINDINGS else 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmfast import doctor
+from vlmfast.bench.report import to_json
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -18,12 +19,16 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it to this file, to paste in an issue")
     options = parser.parse_args(arguments)
-    found = doctor.report()
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.open("a").close()
+        except OSError as error:
+            raise ValueError(f"--json must be a file that can be written; got {options.json} ({error})") from error
+    found = doctor.report()
     print("\n".join(lines(found)))
     if options.json:
+        options.json.write_text(to_json(found))
         print(f"\nwritten: {options.json}")
     return 0 if found["passed"] else 1
 
@@ -47,7 +52,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     text += [f"  {name:8}{', '.join(v) if isinstance(v, list) else v}" for name, v in found["kernels"].items()]
     text += ["", f"{'checks against float64':42}{'dtype':10}{'':8}largest error / bound"]
     for row in found["checks"]:
-        share = max((o["error"] / o["bound"] for o in row["outputs"].values() if o["bound"]), default=0.0)
+        share = max((_share(output) for output in row["outputs"].values()), default=0.0)
         verdict = "ok" if row["passed"] else "WRONG"
         where = f"{row['op']}, {row['backend']} on {row['device']}"
         text.append(f"  {where:40}{row['dtype']:10}{verdict:8}{share:.2f}")
@@ -57,6 +62,14 @@ def lines(found: dict[str, Any]) -> list[str]:
     wrong = sum(not row["passed"] for row in found["checks"])
     text += ["", f"{len(found['checks'])} checks, {wrong} wrong"]
     return text
+
+
+def _share(output: dict[str, float | None]) -> float:
+    """Error / bound, infinite where one is not a finite number."""
+    error, bound = output["error"], output["bound"]
+    if error is None or bound is None or not math.isfinite(error + bound):
+        return math.inf
+    return error / bound if bound else 0.0
 
 
 def _speed(found: dict[str, Any]) -> list[str]:
