@@ -16,16 +16,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from vlmfast.bench.memory import memory_of, peak_of
-from vlmfast.bench.report import lines_plot, print_table
+from vlmfast.bench.report import lines_plot, print_table, size_name
 
 Function = Callable[..., Tensor]
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -102,16 +103,48 @@ def on_gpu(device: str) -> None:
         raise NotHere("needs a GPU")
 
 
+def require_backend(impls: Mapping[str, Any], backend: str, device: str) -> None:
+    """NotHere where the backend of an op cannot run on the device, or is the one that runs there by itself."""
+    probe = (torch.zeros(1, 1, 1, 64, device=device),) * 3
+    reasons = {name: impl.unsupported(*probe) for name, impl in impls.items()}
+    if reasons[backend]:
+        raise NotHere(reasons[backend])
+    if backend == next(name for name, reason in reasons.items() if not reason):
+        raise NotHere("is what the rows without a backend's name run")
+
+
+def attempt(name: str, function: Callable[[], T]) -> T | None:
+    """What the function returns; None, and why on the terminal, where the provider has no row.
+
+    That is where it cannot run or a GPU's memory is full, and any other failure of a peer: ours must run.
+    """
+    try:
+        return function()
+    except NotHere as reason:
+        why = str(reason)
+    except Exception as error:  # a peer that this size, dtype or GPU is too much for
+        if name.startswith("vlmfast") and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+    print(f"  {name}: no row ({why})", flush=True)
+    return None
+
+
+def one_or_two(text: str, second: int) -> tuple[int, int]:
+    """The numbers of a size A or AxB; B is `second` unless told."""
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise ValueError("it is A or AxB, whole numbers of at least 1")
+    first, other = [*map(int, parts), second][:2]
+    return first, other
+
+
 def backend_rows(impls: Mapping[str, Any], modes: Mapping[str, Provider]) -> dict[str, Provider]:
     """`modes` once more for each backend of an op, without that which runs by itself on the device."""
 
     def maker(backend: str, make: Callable[[str], Function]) -> Callable[[str], Function]:
         def checked(device: str) -> Function:
-            reasons = {name: impl.unsupported(torch.zeros(1, 1, device=device)) for name, impl in impls.items()}
-            if reasons[backend]:
-                raise NotHere(reasons[backend])
-            if backend == next(name for name, reason in reasons.items() if not reason):
-                raise NotHere("is what the rows without a backend's name run")
+            require_backend(impls, backend, device)
             return make(device)
 
         return checked
@@ -225,12 +258,14 @@ def exact_results(op: Op, size: Size, dtype: torch.dtype, device: str) -> Result
     return step(op.reference, [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs])
 
 
+def relative(ours: Tensor, exact: Tensor) -> float:
+    """The largest error relative to the largest exact entry; 0 where both are 0."""
+    largest = exact.abs().max().clamp(min=torch.finfo(exact.dtype).tiny)
+    return ((ours.double() - exact).abs().max() / largest).item()
+
+
 def errors(op: Op, ours: Results, exact: Results) -> dict[str, float]:
     """Of a loss the error, of other values and of the judged gradients the largest relative to the largest entry."""
-
-    def relative(a: Tensor, b: Tensor) -> float:
-        return ((a.double() - b).abs().max() / b.abs().max()).item()
-
     value = relative(ours[0], exact[0]) if exact[0].dim() else (ours[0].double() - exact[0]).abs().item()
     found = {"value": value}
     judged = [number for number in op.judged if number in ours[1]]
@@ -259,13 +294,18 @@ def here() -> str:
 def interleave(
     functions: Mapping[str, Callable[[], object]], rates: Mapping[str, Callable[[], float]], rounds: int, device: str
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Each function's seconds, a round after the other with every function in it, and the median of each rate."""
+    """Each function's seconds, a round after the other with every function in it, and the median of each rate.
+
+    One that fails, as `attempt` has it, is left out from then on.
+    """
     measured: dict[str, list[float]] = {name: [] for name in functions}
     products: dict[str, list[float]] = {name: [] for name in rates}
     for number in range(rounds + 1):  # the first warms up
-        for name, function in functions.items():
-            elapsed = seconds(function, device)
-            if number:
+        for name in list(measured):
+            elapsed = attempt(name, functools.partial(seconds, functions[name], device))
+            if elapsed is None:
+                del measured[name]
+            elif number:
                 measured[name].append(elapsed)
         for name, rate in rates.items():
             value = rate()
@@ -289,30 +329,26 @@ def _measure(op: Op, names: Sequence[str], size_text: str, dtype_name: str, roun
     torch.compiler.reset()
     device, size, dtype = here(), op.size(size_text), DTYPES[dtype_name]
     exact = exact_results(op, size, dtype, device) if size.exact else None
-    functions: dict[str, Function] = {}
+    once: dict[str, Callable[[], Results]] = {}
     found: dict[str, dict[str, float]] = {}
+
+    def first(provider: Provider) -> tuple[Callable[[], Results], dict[str, float] | None]:
+        """One step, and its errors."""
+        function = make(provider, size, dtype_name, device)
+        inputs = make_inputs(op, size, dtype, device, provider)
+        one = functools.partial(step, function, inputs, provider.backend)
+        results = one()
+        if exact is None or results[0].shape != exact[0].shape:
+            return one, None
+        return one, errors(op, results, exact)
+
     for name in names:
-        provider = op.providers[name]
-        try:
-            function = make(provider, size, dtype_name, device)
-            results = step(function, make_inputs(op, size, dtype, device, provider), provider.backend)
-        except NotHere as reason:
-            print(f"  {name}: no row ({reason})", flush=True)
+        made = attempt(name, functools.partial(first, op.providers[name]))
+        if made is None:
             continue
-        except Exception as error:  # a peer that this size, dtype or GPU is too much for; ours must run
-            if name.startswith("vlmfast"):
-                raise
-            print(f"  {name}: no row ({type(error).__name__}: {str(error).splitlines()[:1]})", flush=True)
-            continue
-        functions[name] = function
-        if exact is not None and results[0].shape == exact[0].shape:
-            found[name] = errors(op, results, exact)
-    once = {
-        name: functools.partial(
-            step, function, make_inputs(op, size, dtype, device, op.providers[name]), op.providers[name].backend
-        )
-        for name, function in functions.items()
-    }
+        once[name] = made[0]
+        if made[1] is not None:
+            found[name] = made[1]
     measured, gemm = interleave(once, gemm_rates(size, dtype, device), rounds, device)
     once.clear()
     group = []
@@ -334,15 +370,15 @@ def _measure(op: Op, names: Sequence[str], size_text: str, dtype_name: str, roun
 class Bench:
     """What `vlmfast bench` knows of an op.
 
-    `check(size)` raises ValueError where the text is no size. `measure(providers, size, dtype, rounds)` prints a table
-    and returns its rows; `memory(provider, size, dtype)` gives MB of one in this process; `plot(rows, machine, title,
-    path)` draws all rows.
+    `check(size)` returns the size as its rows name it, and raises ValueError where the text is none.
+    `measure(providers, size, dtype, rounds)` prints a table and returns its rows; `memory(provider, size, dtype)` gives
+    MB of one in this process; `plot(rows, machine, title, path)` draws all rows.
     """
 
     name: str
     sizes: Sequence[str]
     providers: Sequence[str]
-    check: Callable[[str], object]
+    check: Callable[[str], str]
     measure: Callable[[Sequence[str], str, str, int], list[dict[str, Any]]]
     memory: Callable[[str, str, str], float]
     plot: Callable[[Sequence[dict[str, Any]], dict[str, Any], str, Path], None]
@@ -353,7 +389,7 @@ def bench_of(op: Op) -> Bench:
         op.name,
         op.sizes,
         tuple(op.providers),
-        op.size,
+        lambda size: size_name(op.size(size).numbers),
         functools.partial(_measure, op),
         lambda name, size, dtype: peak_memory(op, name, op.size(size), dtype, here()),
         lines_plot,

@@ -27,11 +27,14 @@ from vlmfast.bench.harness import (
     Bench,
     NotHere,
     Size,
+    attempt,
     compiled,
     gemm_rates,
     here,
     interleave,
+    relative,
     require,
+    require_backend,
     row_of,
 )
 from vlmfast.bench.memory import memory_of, peak_of
@@ -199,13 +202,7 @@ class Provider:
     def function(self, case: Case, device: str) -> Callable[[Inputs], Tensor]:
         """Raises NotHere where it cannot run."""
         if self.backend is not None:
-            reasons = {
-                name: impl.unsupported(*[torch.zeros(1, 1, 1, 64, device=device)] * 3) for name, impl in IMPLS.items()
-            }
-            if reasons[self.backend]:
-                raise NotHere(reasons[self.backend])
-            if self.backend == next(name for name, reason in reasons.items() if not reason):
-                raise NotHere("is what the row without a backend's name runs")
+            require_backend(IMPLS, self.backend, device)
         if self.make is not None:
             return self.make(case, device)
         assert self.core is not None, "a provider has core or make"
@@ -276,8 +273,7 @@ def exact_results(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
 
 def error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The largest error of an entry relative to the largest entry, over output and gradients."""
-    pairs = zip(results, exact, strict=True)
-    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    return max(relative(a, b) for a, b in zip(results, exact, strict=True))
 
 
 def measure_case(providers: Sequence[str], name: str, dtype_name: str, rounds: int) -> list[dict[str, Any]]:
@@ -286,24 +282,23 @@ def measure_case(providers: Sequence[str], name: str, dtype_name: str, rounds: i
     torch.compiler.reset()
     exact = exact_results(case, dtype, device)
     inputs = make_inputs(case, dtype, device)
-    functions, errors = {}, {}
+    once: dict[str, Callable[[], list[Tensor]]] = {}
+    errors: dict[str, float] = {}
+
+    def first(provider: Provider) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
+        one = functools.partial(step, provider.function(case, device), inputs, case.scope, provider.backend)
+        return one, one()
+
     for provider in providers:
-        try:
-            functions[provider] = PROVIDERS[provider].function(case, device)
-            results = step(functions[provider], inputs, case.scope, PROVIDERS[provider].backend)
-        except NotHere as reason:
-            functions.pop(provider, None)
-            print(f"  {name}, {provider}: no row ({reason})", flush=True)
+        made = attempt(provider, functools.partial(first, PROVIDERS[provider]))
+        if made is None:
             continue
+        once[provider] = made[0]
         if provider != "projections alone":
-            errors[provider] = error(results, exact)
+            errors[provider] = error(made[1], exact)
     del exact
     rows = case.batch * case.length
     rates = gemm_rates(Size({}, 0.0, (rows, rows, DIM)), dtype, device)
-    once = {
-        provider: functools.partial(step, function, inputs, case.scope, PROVIDERS[provider].backend)
-        for provider, function in functions.items()
-    }
     measured, gemm = interleave(once, rates, rounds, device)
     needed = gflop(case, inputs)
     group = []
@@ -330,10 +325,10 @@ def peak_memory(provider: str, name: str, dtype_name: str) -> float:
     return peak_of(functools.partial(step, function, inputs, case.scope, backend), device)
 
 
-def check(name: str) -> Case:
+def check(name: str) -> str:
     if name not in CASES:
-        raise ValueError(f"must be one of {', '.join(map(repr, CASES))}")
-    return CASES[name]
+        raise ValueError("there are no others")
+    return name
 
 
 BENCH = Bench("media_attention", tuple(CASES), tuple(PROVIDERS), check, measure_case, peak_memory, bars_plot)

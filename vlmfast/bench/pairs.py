@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmfast.bench.harness import Size
+from vlmfast.bench.harness import Size, one_or_two
 
 
 def size(text: str) -> Size:
     """N or NxD; D is 512 unless told."""
-    rows, dim = (int(part) for part in [*text.split("x"), "512"][:2])
+    rows, dim = one_or_two(text, 512)
     return Size({"N": rows, "D": dim}, rows * rows * dim, (rows, rows, dim), exact=rows <= 8192)
 
 

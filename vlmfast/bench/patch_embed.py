@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmfast.bench.harness import Function, Op, Provider, Size, backend_rows, bench_of, compiled
+from vlmfast.bench.harness import Function, Op, Provider, Size, backend_rows, bench_of, compiled, one_or_two
 from vlmfast.ops import patch_embed
 from vlmfast.ops.patch_embed import IMPLS, reference
 
@@ -18,7 +18,9 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def size(text: str) -> Size:
-    patch, batch = (int(part) for part in [*text.split("x"), "64"][:2])
+    patch, batch = one_or_two(text, 64)
+    if IMAGE % patch:
+        raise ValueError(f"PATCH must divide {IMAGE}, the images' width")
     patches, entries = (IMAGE // patch) ** 2, 3 * patch * patch
     operations = 2.0 * batch * patches * WIDTH * entries
     return Size({"patch": patch, "batch": batch}, operations, (batch * patches, WIDTH, entries))
