@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vlmfast import bench
-from vlmfast.bench import compare
-from vlmfast.bench.report import machine
+from vlmfast.bench import compare, harness, media_attention, sigmoid_loss, step
+from vlmfast.bench.report import lines_plot, machine, print_table, to_json
 from vlmfast.cli import main
 
 ROW = {
@@ -58,8 +62,6 @@ def test_tiny_sizes_from_end_to_end(
 
 def test_flamingo_step_is_patched_and_keeps_its_loss() -> None:
     pytest.importorskip("flamingo_pytorch")
-    from vlmfast.bench import step
-
     losses = []
     for provider in step.PROVIDERS:
         model, batch = step.make(provider, "tiny-flamingox2", "cpu")
@@ -75,7 +77,8 @@ def test_list_names_sizes_and_providers(capsys: pytest.CaptureFixture[str]) -> N
     for name in bench.NAMES:
         one = bench.load(name)
         assert name in printed
-        assert all(size in printed for size in one.sizes)
+        assert shlex.join(one.sizes) in printed
+        assert shlex.join(one.providers) in printed
         for size in one.sizes:
             one.check(size)
 
@@ -87,16 +90,126 @@ def test_list_names_sizes_and_providers(capsys: pytest.CaptureFixture[str]) -> N
             ["convolution"],
             f"op must be one of {', '.join(bench.NAMES)}; got 'convolution'",
         ),
-        (["info_nce", "--providers", "nobody"], "--providers of info_nce must be of vlmfast kept"),
-        (["info_nce", "--sizes", "many"], "--sizes of info_nce must be like 1024, 4096, 8192; got 'many'"),
+        (["info_nce", "--providers", "nobody"], "--providers of info_nce must be of 'vlmfast kept' 'vlmfast streamed'"),
+        (
+            ["step", "sigmoid_loss", "--providers", "nobody"],
+            "of step must be of vlmfast original; of sigmoid_loss must",
+        ),
+        (
+            ["info_nce", "--sizes", "64", "many"],
+            "--sizes of info_nce must be like 1024 4096 8192 (it is A or AxB, whole numbers of at least 1); got 'many'",
+        ),
+        (["info_nce", "--sizes", "-5"], "at least 1); got '-5'"),
+        (["sigmoid_loss", "--sizes", "64x16x9"], "at least 1); got '64x16x9'"),
+        (["patch_embed", "--sizes", "0"], "at least 1); got '0'"),
+        (["patch_embed", "--sizes", "16x0"], "at least 1); got '16x0'"),
+        (["patch_embed", "--sizes", "500"], "PATCH must divide 224, the images' width); got '500'"),
+        (["info_nce", "step", "--providers", "original", "--sizes", "64"], "must leave an op that knows one of both"),
         (["media_attention", "--sizes", "3 images"], "got '3 images'"),
         (["step", "--sizes", "b32x0"], "got 'b32x0'"),
         (["step", "--rounds", "0"], "--rounds must be at least 1; got 0"),
     ],
 )
 def test_errors_name_what_was_expected(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *arguments]) == 1
+    assert main(["bench", *arguments]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_several_ops_are_given_the_names_that_they_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load, asked = bench.load, []
+
+    def fake(name: str) -> harness.Bench:
+        return dataclasses.replace(load(name), measure=lambda *given: asked.append((name, *given[:2])) or [])
+
+    monkeypatch.setattr(bench, "load", fake)
+    options = ["--providers", "vlmfast", "original", "open_clip", "--sizes", "16x4", "tinyx2", "--dtypes", "float32"]
+    assert main(["bench", *options]) == 0
+    assert asked == [
+        ("info_nce", ["open_clip"], "16x4"),
+        ("sigmoid_loss", ["vlmfast", "open_clip"], "16x4"),
+        ("patch_embed", ["vlmfast"], "16x4"),
+        ("step", ["vlmfast", "original"], "tinyx2"),
+    ]
+    assert "media_attention: not measured, it knows none of the sizes named" in capsys.readouterr().out
+
+
+def full(*args: object) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+
+def refused(*args: object) -> Any:
+    raise RuntimeError("no such kernel")
+
+
+def measure(op: str, name: str, function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Rows of a tiny size of the op, where the provider named is such a function."""
+    monkeypatch.setattr(f"vlmfast.bench.{'harness' if op == 'sigmoid_loss' else op}.memory_of", lambda *args: None)
+    if op == "sigmoid_loss":
+        providers = {**sigmoid_loss.OP.providers, name: harness.Provider(lambda device: function, 6)}
+        one = harness.bench_of(dataclasses.replace(sigmoid_loss.OP, providers=providers))
+        return one.measure(["vlmfast", "transformers"], "64x16", "float32", 1)
+    if op == "media_attention":
+        monkeypatch.setitem(media_attention.CASES, "tiny", media_attention.Case(1, 16, 2, "core"))
+        monkeypatch.setitem(media_attention.PROVIDERS, name, media_attention.Provider(function))
+        return media_attention.measure_case(["vlmfast", "open_flamingo"], "tiny", "float32", 1)
+    trainer = step.trainer
+    monkeypatch.setattr(step, "trainer", lambda own, *args: function if own == name else trainer(own, *args))
+    return step.measure(["vlmfast", "original"], "tinyx2", "float32", 1)
+
+
+@pytest.mark.parametrize("op", ["sigmoid_loss", "media_attention", "step"])
+def test_a_provider_that_fails_has_no_row_and_the_others_have(
+    op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if op == "step":
+        pytest.importorskip("transformers")
+    other = {"sigmoid_loss": "transformers", "media_attention": "open_flamingo", "step": "original"}[op]
+    with monkeypatch.context() as changed:
+        assert [one["provider"] for one in measure(op, "vlmfast", full, changed)] == [other]
+    assert "  vlmfast: no row (OutOfMemoryError: CUDA out of memory)\n" in capsys.readouterr().out
+    with monkeypatch.context() as changed:
+        assert [one["provider"] for one in measure(op, other, refused, changed)] == ["vlmfast"]
+    assert f"  {other}: no row (RuntimeError: no such kernel)\n" in capsys.readouterr().out
+    with monkeypatch.context() as changed, pytest.raises(RuntimeError, match="no such kernel"):
+        measure(op, "vlmfast", refused, changed)
+
+
+def test_memory_that_is_full_in_a_later_round_leaves_the_others() -> None:
+    calls = iter([None, None])
+    functions = {"vlmfast": lambda: full() if next(calls, "no more") else None, "other": lambda: None}
+    measured, _ = harness.interleave(functions, {}, 3, "cpu")
+    assert measured.keys() == {"other"}
+    assert len(measured["other"]) == 3
+
+
+def test_errors_relative_to_zero_are_numbers() -> None:
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert harness.relative(torch.zeros(3), zero) == 0
+    assert harness.relative(torch.tensor([0.0, 1.5]), torch.tensor([0.0, 1.0]).double()) == 0.5
+
+
+def test_json_has_null_where_a_number_is_not_finite() -> None:
+    found = {"rows": [{"a": math.nan, "b": (math.inf, 1.5, 2)}]}
+    assert json.loads(to_json(found)) == {"rows": [{"a": None, "b": [None, 1.5, 2]}]}
+
+
+def test_plot_and_table_of_rows_without_some_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    measured = {"rounds": 1, "gflops": 1.0, "gemm_gflops": {"library": 1.0}, "share_of_gemm": 1.0}
+    absent = {"peak_extra_mb": None, "error": {"value": None, "gradient": math.nan}}
+    rows = [row(size={"N": n, "D": d}, **measured, **absent) for d in (16, 32) for n in (64, 128)]
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    lines_plot(rows, machine(), "sigmoid_loss", tmp_path / "two.png")
+    time, memory, error = pyplot.gcf().axes
+    assert [line.get_label() for line in time.get_lines()] == ["vlmfast, D 16", "vlmfast, D 32"]
+    assert [list(line.get_xdata()) for line in time.get_lines()] == [[64, 128]] * 2
+    assert not [*memory.get_lines(), *error.get_lines()]
+    print_table("sigmoid_loss", "open_clip", rows)
+    assert capsys.readouterr().out.count("nan") == 3 * len(rows)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +234,18 @@ def test_a_row_that_the_old_run_lacks_is_new() -> None:
     assert text[1].split()[-1] == "new"
 
 
+def test_a_row_that_is_no_more_is_gone() -> None:
+    text, slower = compare.compare([row(), row(provider="other")], [row()])
+    assert not slower
+    assert text[2].split() == ["other,", "N", "256", "D", "64,", "float32", "gone"]
+
+
+def test_rows_that_a_run_would_have_too() -> None:
+    rows = [row(), row(provider="other"), row(dtype="float16"), row(size={"N": 1, "D": 1}), row(case="tinyx2")]
+    assert compare.asked(rows, None, ["N 256 D 64"], ["float32"]) == rows[:2]
+    assert compare.asked(rows, ["vlmfast"], ["N 256 D 64", "tinyx2"], ["float32"]) == [rows[0], rows[4]]
+
+
 def test_exit_code_of_compare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +260,17 @@ def test_exit_code_of_compare(
     assert "SLOWER" not in capsys.readouterr().out
     assert main([*options, "--compare", str(quick)]) == 1
     assert "SLOWER" in capsys.readouterr().out
+    fake = dataclasses.replace(one, measure=lambda *args: [])
+    assert main([*options, "--compare", str(same)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.split()[-1] == "gone"
+    assert f"{same} has no row in common with this run of sigmoid_loss" in printed.err
+    fake = dataclasses.replace(one, measure=refused)
+    other = write(tmp_path / "other.json")
+    assert main([*options, "--compare", str(other)]) == 2
+    assert f"{other} has no row of the providers, sizes and dtypes" in capsys.readouterr().err
+    assert main(options) == 2
+    assert "RuntimeError: no such kernel" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -145,6 +281,10 @@ def test_exit_code_of_compare(
         ({"rows": [row(dtype="float16")]}, "has dtypes float16; measured: float32"),
         ({"op": "info_nce"}, "is of info_nce; measured: sigmoid_loss"),
         ({"rows": None}, "must be a JSON that vlmfast bench wrote"),
+        ({"machine": "here"}, "must be a JSON that vlmfast bench wrote"),
+        ({"rows": [row(), row(size=None, rows=256)]}, "row 1 of .* has no size or case"),
+        ({"rows": [row(provider=None, median_s=0, iqr_s=None)]}, "row 0 of .* has no provider, median_s, iqr_s"),
+        ({"rows": [1]}, "every row must have provider, size or case, dtype, .*; row 0 of .* has no keys"),
     ],
 )
 def test_compare_refuses_what_cannot_be_compared(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
@@ -153,10 +293,15 @@ def test_compare_refuses_what_cannot_be_compared(changes: dict[str, Any], expect
         compare.load(path, machine(), ["sigmoid_loss"], ["float32"])
 
 
-def test_results_of_the_repository_can_be_read() -> None:
-    old = Path(__file__).parents[1] / "bench" / "results" / "media_attention_epyc_zen5_2_cores.json"
-    header = json.loads(old.read_text())["machine"]
-    found = compare.load(old, header, ["media_attention"], ["float32", "bfloat16"])
+RESULTS = sorted((Path(__file__).parents[1] / "bench" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("old", RESULTS, ids=lambda path: path.stem)
+def test_results_of_the_repository_can_be_read(old: Path) -> None:
+    written = json.loads(old.read_text())
+    op = next(name for name in bench.NAMES if old.stem.startswith(name))
+    dtypes = sorted({one["dtype"] for one in written["rows"]})
+    found = compare.load(old, written["machine"], [op], dtypes)
     text, slower = compare.compare(found["rows"], found["rows"])
     assert not slower
     assert all(" 1.00" in line for line in text[1:])

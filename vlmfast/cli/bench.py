@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from vlmfast import bench
 from vlmfast.bench import compare
 from vlmfast.bench.harness import DTYPES, Bench
-from vlmfast.bench.report import machine
+from vlmfast.bench.report import machine, to_json
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -30,18 +31,19 @@ def run(arguments: Sequence[str]) -> int:
     benches = [bench.load(name) for name in dict.fromkeys(options.ops or bench.NAMES)]
     if options.list:
         for one in benches:
-            print(f"{one.name}\n  sizes: {', '.join(one.sizes)}\n  providers: {', '.join(one.providers)}")
+            print(f"{one.name}\n  sizes: {shlex.join(one.sizes)}\n  providers: {shlex.join(one.providers)}")
         return 0
     if options.memory:
         print(benches[0].memory(*options.memory))
         return 0
     if options.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {options.rounds}")
-    chosen = [(one, _providers(one, options.providers), _sizes(one, options.sizes)) for one in benches]
+    chosen = _chosen(benches, options.providers, options.sizes)
     header = machine()
-    names = [one.name for one in benches]
-    old = [compare.load(path, header, names, options.dtypes) for path in options.compare]
-    print(json.dumps(header))
+    old = [_older(path, header, chosen, options.providers, options.dtypes) for path in options.compare]
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(header, allow_nan=False))
     found: dict[str, list[dict[str, Any]]] = {}
     for one, providers, sizes in chosen:
         found[one.name] = [
@@ -53,33 +55,72 @@ def run(arguments: Sequence[str]) -> int:
         if options.output and found[one.name]:
             _write(one, found[one.name], header, options.output)
     slower = False
-    for results in old:
-        text, worse = compare.compare(results["rows"], found[results["op"]])
-        print("", results["op"], *text, sep="\n")
+    for op, rows in old:
+        text, worse = compare.compare(rows, found[op])
+        print("", op, *text, sep="\n")
         slower = slower or worse
+    for path, (op, rows) in zip(options.compare, old, strict=True):
+        if not compare.in_common(rows, found[op]):
+            raise ValueError(f"--compare: {path} has no row in common with this run of {op}")
     return 1 if slower else 0
 
 
-def _providers(one: Bench, names: Sequence[str] | None) -> Sequence[str]:
-    if unknown := [name for name in names or () if name not in one.providers]:
-        raise ValueError(f"--providers of {one.name} must be of {', '.join(one.providers)}; got {', '.join(unknown)}")
-    return names or one.providers
+Chosen = list[tuple[Bench, Sequence[str], Sequence[str]]]
 
 
-def _sizes(one: Bench, sizes: Sequence[str] | None) -> Sequence[str]:
+def _chosen(benches: Sequence[Bench], providers: Sequence[str] | None, sizes: Sequence[str] | None) -> Chosen:
+    """Of each op what it knows of the providers and sizes named, all of its own where none are.
+
+    Raises:
+        ValueError: no op knows one of the names, or none knows a provider and a size.
+    """
+    for name in providers or ():
+        if not any(name in one.providers for one in benches):
+            known = "; of ".join(f"{one.name} must be of {shlex.join(one.providers)}" for one in benches)
+            raise ValueError(f"--providers of {known}; got {name!r}")
     for size in sizes or ():
-        try:
-            one.check(size)
-        except ValueError as error:
-            raise ValueError(
-                f"--sizes of {one.name} must be like {', '.join(one.sizes)}; got {size!r} ({error})"
-            ) from error
-    return sizes or one.sizes
+        if all(reasons := [_no_size(one, size) for one in benches]):
+            known = "; of ".join(
+                f"{one.name} must be like {shlex.join(one.sizes)} ({reason})"
+                for one, reason in zip(benches, reasons, strict=True)
+            )
+            raise ValueError(f"--sizes of {known}; got {size!r}")
+    chosen: Chosen = []
+    for one in benches:
+        named = one.providers if providers is None else [name for name in providers if name in one.providers]
+        read = one.sizes if sizes is None else [size for size in sizes if not _no_size(one, size)]
+        if named and read:
+            chosen.append((one, list(dict.fromkeys(named)), list(dict.fromkeys(read))))
+        else:
+            print(f"{one.name}: not measured, it knows none of the {'sizes' if named else 'providers'} named")
+    if not chosen:
+        raise ValueError("--providers and --sizes must leave an op that knows one of both; none does")
+    return chosen
+
+
+def _no_size(one: Bench, size: str) -> str | None:
+    """Why it is no size of the op, if it is none."""
+    try:
+        one.check(size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _older(
+    path: Path, header: dict[str, Any], chosen: Chosen, providers: Sequence[str] | None, dtypes: Sequence[str]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The op of an older run, and those of its rows that this one will have too."""
+    old = compare.load(path, header, [one.name for one, _, _ in chosen], dtypes)
+    one, _, sizes = next(entry for entry in chosen if entry[0].name == old["op"])
+    rows = compare.asked(old["rows"], providers, [one.check(size) for size in sizes], dtypes)
+    if not rows:
+        raise ValueError(f"--compare: {path} has no row of the providers, sizes and dtypes that are measured")
+    return one.name, rows
 
 
 def _write(one: Bench, rows: list[dict[str, Any]], header: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{one.name}.json"
-    target.write_text(json.dumps({"op": one.name, "machine": header, "rows": rows}, indent=1) + "\n")
+    target.write_text(to_json({"op": one.name, "machine": header, "rows": rows}))
     one.plot(rows, header, one.name, target.with_suffix(".png"))
     print(f"\nwritten: {target} and {target.with_suffix('.png')}")
