@@ -93,7 +93,7 @@ def clip(side: int, patch: int, vision: tuple[int, int], text: tuple[int, int], 
 class Flamingo(nn.Module):
     """Text tokens (B, L) and uint8 images (B, T, H, W, 3) to logits; only what looks at the images is trained."""
 
-    def __init__(self, dim: int, layers: int, patch: int, vocabulary: int = 8192) -> None:
+    def __init__(self, dim: int, layers: int, patch: int, images: int, vocabulary: int = 8192) -> None:
         super().__init__()
         library = require("flamingo_pytorch.flamingo_pytorch")
         self.embed, self.head = nn.Embedding(vocabulary, dim), nn.Linear(dim, vocabulary, bias=False)
@@ -104,7 +104,7 @@ class Flamingo(nn.Module):
         )
         for part in (self.embed, self.head, self.stem, self.language):
             part.requires_grad_(False)
-        self.resampler = library.PerceiverResampler(dim=dim, depth=2, num_latents=64)
+        self.resampler = library.PerceiverResampler(dim=dim, depth=2, num_latents=64, num_media_embeds=images)
         self.attend = nn.ModuleList(library.GatedCrossAttentionBlock(dim=dim) for _ in range(layers))
         for name, parameter in self.attend.named_parameters():
             if name.endswith("gate"):  # at 0, where training begins, the block is the identity
@@ -132,7 +132,7 @@ def flamingo(dim: int, layers: int, side: int, patch: int, images: int, length: 
         logits = model(**batch)[:, :-1].flatten(0, 1)
         return F.cross_entropy(logits, batch["input_ids"][:, 1:].flatten())
 
-    return Case(lambda: Flamingo(dim, layers, patch), batch, loss)
+    return Case(lambda: Flamingo(dim, layers, patch, images), batch, loss)
 
 
 CASES = {
