@@ -382,14 +382,8 @@ def _fake_backward(
     )
 
 
-def _fake_scatter(
-    rows: Tensor,
-    keep: Tensor | None,
-    patch: Sequence[int],
-    size: Sequence[int],
-    std: Sequence[float] | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def _fake_scatter(rows: Tensor, *args: Any) -> Tensor:
+    _, patch, size, _, dtype = args
     return rows.new_empty((rows.shape[0], patch[0], *size), dtype=dtype)
 
 
