@@ -162,7 +162,7 @@ def recorded(op: str) -> Iterator[list[tuple[Tensor, ...]]]:
 def built_for_all() -> Iterator[None]:
     """As with the extension built, CUDA included, on a machine with a GPU of compute capability 8.0."""
     with (
-        mock.patch.object(_dispatch, "core", SimpleNamespace(build_info=dict)),
+        mock.patch.object(_dispatch, "core", SimpleNamespace(build_info=lambda: {"cuda_archs": "80"})),
         mock.patch.object(_dispatch, "CORE_MISSING", None),
         mock.patch.object(_dispatch, "cuda_core", SimpleNamespace(DEVICE="cuda")),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)),
