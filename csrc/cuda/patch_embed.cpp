@@ -150,7 +150,8 @@ at::Tensor token_gradient(const PatchRows& patches, const at::Tensor& grad_, con
   patch_embed_token_grad({grad.const_data_ptr(), type_of(grad.scalar_type()), grad.stride(0), grad.stride(1), grad.size(0),
                           patches.taken, prefix, grad.size(2)},
                          rows ? rows->order.const_data_ptr<int64_t>() : nullptr,
-                         rows ? rows->starts.const_data_ptr<int64_t>() : nullptr, patches.patches, out.mutable_data_ptr<float>(), stream);
+                         rows ? rows->starts.const_data_ptr<int64_t>() : nullptr, patches.patches,
+                         out.mutable_data_ptr<float>(), stream);
   return out;
 }
 
