@@ -78,12 +78,30 @@ def test_signals_save_a_checkpoint(data: Path, finished: Path, tmp_path: Path, n
     assert_same_run(tmp_path, finished)
 
 
+def torchrun(data: Path, output_dir: Path, *extra: str) -> list[str]:
+    """Two processes on gloo with half the batch each."""
+    halves = ["--per-device-train-batch-size=4", "--ddp-backend=gloo", "--cache-chunk=2"]
+    arguments = command(data, output_dir, *halves, *extra)
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments[1:]]
+
+
 def test_two_processes_equal_one(data: Path, finished: Path, tmp_path: Path) -> None:
-    """torchrun on gloo with half the batch each: the same global batches, so the same losses up to rounding."""
-    arguments = command(data, tmp_path, "--per-device-train-batch-size=4", "--ddp-backend=gloo", "--cache-chunk=2")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments[1:]]
-    done = run(torchrun)
+    """The same global batches, so the same losses up to rounding; also when the scheduler stops torchrun halfway."""
+    process = subprocess.Popen(
+        torchrun(data, tmp_path, "--save-steps=1000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if f"2/{STEPS}" in line:
+            break
+    process.send_signal(signal.SIGTERM)  # which torchrun sends on to the ranks and all their processes
+    process.communicate(timeout=120)
+    stopped = last_checkpoint(tmp_path)
+    assert stopped is not None
+    assert stopped.name != f"checkpoint-{STEPS}"
+
+    done = run(torchrun(data, tmp_path, "--save-steps=1000", "--resume"))
     assert done.returncode == 0, done.stderr
+    assert f"resuming from {stopped}" in done.stdout
     assert logged(tmp_path) == pytest.approx(logged(finished), rel=1e-4)
 
 

@@ -112,7 +112,8 @@ def run(arguments: Sequence[str]) -> int:
     received = next(c.received for c in trainer.callback_handler.callbacks if isinstance(c, StopOnSignal))
     if received is not None:
         name = signal.Signals(received).name
-        print(f"stopped by {name} after step {trainer.state.global_step}; --resume goes on from there")
+        if trainer.is_world_process_zero():
+            print(f"stopped by {name} after step {trainer.state.global_step}; --resume goes on from there")
         return 128 + received
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from vlmfast.data import EpochSampler
 from vlmfast.training import grad_cache
 from vlmfast.training.callbacks import ModelHooks, Progress, SetEpoch, StopOnSignal
+from vlmfast.training.workers import guard_workers
 
 
 @dataclass
@@ -97,6 +99,11 @@ class PretrainingTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.sampler = EpochSampler(len(dataset), seed=seed)
         return self.sampler
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        guard_workers(getattr(loader, "base_dataloader", loader))  # accelerate's has what starts the workers inside
+        return loader
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.args.cache_chunk is None:
