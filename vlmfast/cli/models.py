@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,7 @@ def parse_overrides(config_class: Any, overrides: Sequence[str]) -> dict[str, An
     Raises:
         ValueError: there is no "=", or config_class has no such field, a tower's config not being one.
     """
-    from transformers import PreTrainedConfig
-
-    common = {known.name for known in fields(PreTrainedConfig)} | {"vision_config", "text_config"}
-    names = sorted({known.name for known in fields(config_class)} - common)
+    names = sorted(config_class.settings())
     found: dict[str, Any] = {}
     for override in overrides:
         name, equals, value = override.partition("=")

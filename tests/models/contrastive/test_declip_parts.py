@@ -41,7 +41,7 @@ class TestBank:
 
     def test_of_the_paper_s_size_it_wraps_around(self) -> None:
         """65,536 features of 70,000, pushed 1,000 at a time, of which 65,536 is no multiple."""
-        bank = FeatureBank(DeCLIPConfig.bank_size, 1)
+        bank = FeatureBank(DeCLIPConfig.settings()["bank_size"], 1)
         assert len(bank.features) == 65536
         keys = torch.arange(1.0, 70001)[:, None]
         for part in keys.split(1000):

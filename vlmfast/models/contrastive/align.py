@@ -28,16 +28,14 @@ Departures from transformers' AlignModel, whose checkpoints load:
 - Its text tower has a pooler that nothing reads; here it is removed, since DDP stops at a parameter without gradient.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import transformers
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers import initialization as init
-from transformers.configuration_utils import SubConfigSpec
 
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
 from vlmfast.models.contrastive.gathered import Shards
@@ -46,7 +44,6 @@ from vlmfast.models.contrastive.towers import small_bert, tower_width
 MIN_TEMPERATURE = 0.01
 
 
-@strict
 class ALIGNConfig(CLIPConfig):
     """transformers' AlignConfig with towers of any transformers type; each reads the other's of ALIGN towers.
 
@@ -62,19 +59,33 @@ class ALIGNConfig(CLIPConfig):
     """
 
     model_type = "align"
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "vision_config": SubConfigSpec(AutoConfig, model_type="align_vision_model"),
-        "text_config": SubConfigSpec(AutoConfig, model_type="align_text_model"),
+    default_towers: ClassVar[dict[str, Any]] = {
+        "vision_config": transformers.AlignVisionConfig,
+        "text_config": transformers.AlignTextConfig,
     }
 
-    projection_dim: int | None = None  # type: ignore[assignment]
-    temperature_init_value: float | int = 1.0
-    label_smoothing: float | int = 0.1
-    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        *,
+        projection_dim: int | None = None,
+        temperature_init_value: float = 1.0,
+        label_smoothing: float = 0.1,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        **kwargs: Any,
+    ) -> None:
+        self.temperature_init_value = temperature_init_value
+        self.label_smoothing = label_smoothing
+        super().__init__(
+            vision_config,
+            text_config,
+            projection_dim=projection_dim,
+            image_mean=image_mean,
+            image_std=image_std,
+            **kwargs,
+        )
         width = tower_width("vision_config", self.vision_config)
         if self.projection_dim != width:
             raise ValueError(
@@ -164,7 +175,6 @@ class ALIGNModel(CLIPModel):
 
     def __init__(self, config: ALIGNConfig) -> None:
         super().__init__(config)
-        assert config.projection_dim is not None
         self.visual_projection = nn.Identity()  # type: ignore[assignment]
         self.text_projection = nn.Linear(self.text_projection.in_features, config.projection_dim)
         if isinstance(self.text_model, transformers.AlignTextModel):

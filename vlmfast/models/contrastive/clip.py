@@ -31,7 +31,9 @@ Departures from public implementations:
 - Features are normalised in float32, under autocast too, and a zero vector gives zeros where transformers gives NaN.
 """
 
+import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar
@@ -39,11 +41,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.configuration_utils import SubConfigSpec
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import ModelOutput, can_return_tuple
 from typing_extensions import Self
@@ -55,12 +55,12 @@ from vlmfast.models.contrastive.towers import (
     new_tower,
     normalisation,
     read_bytes,
+    tower_config,
     tower_width,
 )
 from vlmfast.nn import ClipLoss
 
 
-@strict
 class CLIPConfig(PreTrainedConfig):
     """transformers' CLIPConfig with towers of any transformers type; each reads the other's config.json of CLIP towers.
 
@@ -70,31 +70,58 @@ class CLIPConfig(PreTrainedConfig):
         logit_scale_init_value: initial value of the log-parameter.
         initializer_factor: multiplies the initial standard deviation of the projections.
         image_mean, image_std: per channel, of pixels in [0, 1]; they normalise uint8 `pixel_values` only.
+        Others as PreTrainedConfig.
+    Raises:
+        ValueError: a setting is of another type, or a tower's `model_type` unknown.
     """
 
+    # Not one of transformers' config dataclasses, which came after 5.0.
     model_type = "clip"
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "vision_config": SubConfigSpec(AutoConfig, model_type="clip_vision_model"),
-        "text_config": SubConfigSpec(AutoConfig, model_type="clip_text_model"),
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    default_towers: ClassVar[dict[str, Any]] = {
+        "vision_config": transformers.CLIPVisionConfig,
+        "text_config": transformers.CLIPTextConfig,
     }
 
-    vision_config: Any = None
-    text_config: Any = None
-    projection_dim: int = 512
-    logit_scale_init_value: float | int = math.log(1 / 0.07)
-    initializer_factor: float = 1.0
-    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
-    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        # Some of OpenAI's checkpoints have each tower's config twice; transformers, too, lets the second win.
-        for name in self.sub_configs_defaults:
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        *,
+        projection_dim: int | None = 512,
+        logit_scale_init_value: float = math.log(1 / 0.07),
+        initializer_factor: float = 1.0,
+        image_mean: Sequence[float] = tuple(OPENAI_CLIP_MEAN),
+        image_std: Sequence[float] = tuple(OPENAI_CLIP_STD),
+        **kwargs: Any,
+    ) -> None:
+        for name, given in {"vision_config": vision_config, "text_config": text_config}.items():
+            # Some of OpenAI's checkpoints have each tower's config twice; transformers, too, lets the second win.
             duplicate = kwargs.pop(f"{name}_dict", None)
-            if duplicate is not None:
-                setattr(self, name, duplicate)
-        super().__post_init__(**kwargs)
-        if self.projection_dim is None:  # where a model's own config allows it
+            chosen = given if duplicate is None else duplicate
+            setattr(self, name, tower_config(name, chosen, self.default_towers[name]))
+        self.projection_dim: Any = projection_dim
+        self.logit_scale_init_value = logit_scale_init_value
+        self.initializer_factor = initializer_factor
+        self.image_mean = image_mean
+        self.image_std = image_std
+        for name, default in self.settings().items():
+            value = getattr(self, name)
+            if not _is_like(value, default):
+                raise ValueError(f"{name}: expected a value like {default!r}, got {value!r}")
+        if self.projection_dim is None:
             self.projection_dim = tower_width("vision_config", self.vision_config)
+        super().__init__(**kwargs)
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """What the class has beside PreTrainedConfig's and the towers' configs, by name, and its default values."""
+        found = {}
+        for parent in reversed(cls.__mro__):
+            if issubclass(parent, CLIPConfig):
+                parameters = inspect.signature(parent.__init__).parameters.values()
+                found.update({p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
+        return found
 
     @classmethod
     def small(
@@ -153,6 +180,16 @@ class CLIPConfig(PreTrainedConfig):
             ),
             projection_dim=embed_dim,
         )
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and all(_is_like(item, 0.0) for item in value)
+    if isinstance(value, bool) or isinstance(default, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return isinstance(value, int if default is None else type(default)) or (value is None and default is None)
 
 
 @dataclass

@@ -24,17 +24,16 @@ Departures from the released code:
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
 from vlmfast.models.contrastive.gathered import Shards
 
 
-@strict
 class CLOOBConfig(CLIPConfig):
     """CLIPConfig with CLOOB's constants.
 
@@ -46,8 +45,17 @@ class CLOOBConfig(CLIPConfig):
 
     model_type = "cloob"
 
-    logit_scale_init_value: float | int = math.log(30)
-    scale_hopfield: float | int = 8.0
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        *,
+        logit_scale_init_value: float = math.log(30),
+        scale_hopfield: float = 8.0,
+        **kwargs: Any,
+    ) -> None:
+        self.scale_hopfield = scale_hopfield
+        super().__init__(vision_config, text_config, logit_scale_init_value=logit_scale_init_value, **kwargs)
 
 
 class CLOOBModel(CLIPModel):

@@ -36,11 +36,10 @@ Departures from the released code:
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import initialization as init
@@ -56,7 +55,6 @@ from vlmfast.nn import ClipLoss
 NOT_MASKED = -100
 
 
-@strict
 class DeCLIPConfig(CLIPConfig):
     """CLIPConfig, and what DeCLIP adds; `DeCLIPConfig(..., **DeCLIPConfig.PAPER_WEIGHTS)` takes a preset of weights.
 
@@ -85,16 +83,34 @@ class DeCLIPConfig(CLIPConfig):
     }
     PAPER_WEIGHTS: ClassVar[dict[str, float]] = {**RELEASED_WEIGHTS, "clip_weight": 0.4, "multi_view_weight": 0.2}
 
-    clip_weight: float | int = 0.1
-    multi_view_weight: float | int = 0.3
-    image_ssl_weight: float | int = 0.2
-    text_ssl_weight: float | int = 0.2
-    nearest_neighbor_weight: float | int = 0.2
-    bank_size: int = 65536
-    ssl_dim: int = 1024
-    ssl_hidden_dim: int = 512
-    freeze_patch_embedding: bool = True
-    logit_scale_min: float | int = 0.0
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        *,
+        clip_weight: float = 0.1,
+        multi_view_weight: float = 0.3,
+        image_ssl_weight: float = 0.2,
+        text_ssl_weight: float = 0.2,
+        nearest_neighbor_weight: float = 0.2,
+        bank_size: int = 65536,
+        ssl_dim: int = 1024,
+        ssl_hidden_dim: int = 512,
+        freeze_patch_embedding: bool = True,
+        logit_scale_min: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.clip_weight = clip_weight
+        self.multi_view_weight = multi_view_weight
+        self.image_ssl_weight = image_ssl_weight
+        self.text_ssl_weight = text_ssl_weight
+        self.nearest_neighbor_weight = nearest_neighbor_weight
+        self.bank_size = bank_size
+        self.ssl_dim = ssl_dim
+        self.ssl_hidden_dim = ssl_hidden_dim
+        self.freeze_patch_embedding = freeze_patch_embedding
+        self.logit_scale_min = logit_scale_min
+        super().__init__(vision_config, text_config, **kwargs)
 
 
 @dataclass

@@ -34,7 +34,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
@@ -42,7 +41,6 @@ from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
 from vlmfast.models.contrastive.towers import small_bert, tower_width
 
 
-@strict
 class LiTConfig(CLIPConfig):
     """CLIPConfig for a locked image tower.
 
@@ -58,13 +56,26 @@ class LiTConfig(CLIPConfig):
 
     model_type = "lit"
 
-    projection_dim: int | None = None  # type: ignore[assignment]
-    logit_scale_init_value: float | int = math.log(10)
-    image_head: bool = False
-    text_pooling: str = "first"
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        *,
+        projection_dim: int | None = None,
+        logit_scale_init_value: float = math.log(10),
+        image_head: bool = False,
+        text_pooling: str = "first",
+        **kwargs: Any,
+    ) -> None:
+        self.image_head = image_head
+        self.text_pooling = text_pooling
+        super().__init__(
+            vision_config,
+            text_config,
+            projection_dim=projection_dim,
+            logit_scale_init_value=logit_scale_init_value,
+            **kwargs,
+        )
         if self.text_pooling not in ("first", "mean"):
             raise ValueError(f"text_pooling: expected 'first' or 'mean', got {self.text_pooling!r}")
         width = tower_width("vision_config", self.vision_config)
@@ -112,7 +123,6 @@ class LiTModel(CLIPModel):
 
     def __init__(self, config: LiTConfig) -> None:
         super().__init__(config)
-        assert config.projection_dim is not None
         self.reads_class_token = hasattr(getattr(self.vision_model, "pooler", None), "dense")
         if self.reads_class_token:
             self.vision_model.register_module("pooler", None)

@@ -21,24 +21,21 @@ Departures from public implementations:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers import initialization as init
-from transformers.configuration_utils import SubConfigSpec
 
 from vlmfast.distributed import rank_and_world_size
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
 from vlmfast.nn import SigLipLoss
 
 
-@strict
 class SigLIPConfig(CLIPConfig):
     """transformers' SiglipConfig with towers of any transformers type; each reads the other's of Siglip towers.
 
@@ -51,16 +48,33 @@ class SigLIPConfig(CLIPConfig):
     """
 
     model_type = "siglip"
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "vision_config": SubConfigSpec(AutoConfig, model_type="siglip_vision_model"),
-        "text_config": SubConfigSpec(AutoConfig, model_type="siglip_text_model"),
+    default_towers: ClassVar[dict[str, Any]] = {
+        "vision_config": transformers.SiglipVisionConfig,
+        "text_config": transformers.SiglipTextConfig,
     }
 
-    projection_dim: int | None = None  # type: ignore[assignment]
-    logit_scale_init_value: float | int = math.log(10)
-    logit_bias_init_value: float | int = -10.0
-    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        *,
+        projection_dim: int | None = None,
+        logit_scale_init_value: float = math.log(10),
+        logit_bias_init_value: float = -10.0,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        **kwargs: Any,
+    ) -> None:
+        self.logit_bias_init_value = logit_bias_init_value
+        super().__init__(
+            vision_config,
+            text_config,
+            projection_dim=projection_dim,
+            logit_scale_init_value=logit_scale_init_value,
+            image_mean=image_mean,
+            image_std=image_std,
+            **kwargs,
+        )
 
     @classmethod
     def small(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.align.modeling_align import round_filters
@@ -74,6 +74,22 @@ def small_bert(config_class: Any, width: int, layers: int, max_length: int, **to
         type_vocab_size=1,
         **tokens,
     )
+
+
+def tower_config(name: str, given: Any, default: Any) -> PreTrainedConfig:
+    """A tower's config: as given, or of a dict, or of None; a dict without `model_type` is one of the default class."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    if given is not None and not isinstance(given, dict):
+        raise TypeError(f"{name}: expected a config or a dict of one, got {type(given).__name__}")
+    settings = dict(given or {})
+    model_type = settings.pop("model_type", default.model_type)
+    if model_type == default.model_type:
+        return default(**settings)
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def new_tower(config: PreTrainedConfig) -> PreTrainedModel:
