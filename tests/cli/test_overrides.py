@@ -101,7 +101,7 @@ def test_presets_of_declips_weights() -> None:
         ("vision_config={}", "expected name=value of .*got 'vision_config={}'"),
         ("RELEASED_WEIGHTS={}", "expected name=value of"),
         ("architectures=[]", "expected name=value of"),
-        ("bank_size=many", "--model declip: .*'bank_size' expected int, got str"),
+        ("bank_size=many", "bank_size: expected a value like 65536, got 'many'"),
     ],
 )
 def test_what_is_no_field_or_value_is_refused(override: str, message: str) -> None:
@@ -112,5 +112,5 @@ def test_what_is_no_field_or_value_is_refused(override: str, message: str) -> No
 def test_a_config_file_of_a_wrong_type_is_an_error_of_one_line(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**CLIPConfig.small(vocab_size=50, eos_token_id=1).to_dict(), "projection_dim": "x"}))
-    with pytest.raises(ValueError, match=r"^--model clip: .*'projection_dim' expected int.*$"):
+    with pytest.raises(ValueError, match=r"^projection_dim: expected a value like 512, got 'x'$"):
         build("clip", config=str(path))

@@ -12,6 +12,7 @@ of positions is that of the configured image and patch sizes; the originals take
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +87,19 @@ class ViTPatchEmbeddings(Stem, modeling_vit.ViTPatchEmbeddings):
     def _not_called(self) -> Sequence[nn.Module]:
         return (self.projection,)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Tokens (B, n, D) of pixel_values (B, C, H, W), or uint8 in `layout`."""
+    def forward(self, pixel_values: Tensor, **unchecked: Any) -> Tensor:
+        """Tokens (B, n, D) of pixel_values (B, C, H, W), or uint8 in `layout`.
+
+        Args:
+            unchecked: `interpolate_pos_encoding` of transformers 5.0's; where it is False, the size is looked at.
+        Raises:
+            ValueError: images are not of the configured size, and interpolate_pos_encoding is False.
+        """
         images = self._images(pixel_values)
+        if unchecked.get("interpolate_pos_encoding") is False:
+            _check_size(self, images, self.image_size)
         if self.reason_not_eligible():
-            return super().forward(self._floats(images, self.projection.weight.dtype))
+            return super().forward(self._floats(images, self.projection.weight.dtype), **unchecked)
         return self._embed(images, self.projection.weight, self.projection.bias)
 
 
@@ -120,13 +129,13 @@ class ViTEmbeddings(Stem, modeling_vit.ViTEmbeddings):
         """
         images = self._images(pixel_values)
         if not interpolate_pos_encoding:
-            _check_size(self, images, self.image_size)
+            _check_size(self, images, self.patch_embeddings.image_size)
         conv = self.patch_embeddings.projection
         if self.reason_not_eligible():
             return super().forward(self._floats(images, conv.weight.dtype), bool_masked_pos, interpolate_pos_encoding)
         position = self.position_embeddings[0]
         if interpolate_pos_encoding:
-            position = _interpolated(position, images, conv.weight, self.image_size, prefix_tokens=1)
+            position = _interpolated(position, images, conv.weight, self.patch_embeddings.image_size, prefix_tokens=1)
         tokens = self._embed(images, conv.weight, conv.bias, prefix=self.cls_token[0], position=position)
         if bool_masked_pos is not None:
             tokens = _masked(self, tokens, bool_masked_pos, self.mask_token, position)

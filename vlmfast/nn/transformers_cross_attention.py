@@ -260,7 +260,10 @@ class GPT2CrossAttention(gpt2.GPT2Attention):
                 past_key_values.is_updated[self.layer_idx] = True
         q = split_heads(self.q_attn(hidden_states), self.num_heads)
         bias = key_bias("GPT2CrossAttention", encoder_attention_mask, len(q), k.shape[2])
-        out = merge_heads(media_attention(q, k, v, key_bias=bias, scale=self.scaling))
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0  # transformers 5.0 has no `scaling`
+        if self.scale_attn_by_inverse_layer_idx:
+            scale /= self.layer_idx + 1
+        out = merge_heads(media_attention(q, k, v, key_bias=bias, scale=scale))
         return self.resid_dropout(self.c_proj(out)), None
 
 

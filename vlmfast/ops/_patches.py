@@ -86,7 +86,8 @@ def check(
     if position is not None:
         _check_floating(op, "position", position)
         shape = (count + rows * columns, width)
-        if tuple(position.shape) not in (shape, (batch, *shape)):
+        each = position.dim() == 3 and position.shape[0] == batch
+        if not (each or position.dim() == 2) or position.shape[-2] != shape[0] or position.shape[-1] != shape[1]:
             raise ValueError(f"{op}: position must be {shape} or {(batch, *shape)}; got {tuple(position.shape)}")
     if keep is not None:
         if keep.dtype != torch.int64:

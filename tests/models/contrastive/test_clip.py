@@ -382,11 +382,12 @@ class TestTowers:
 
 
 class TestTraining:
+    @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
     def test_gradient_checkpointing_recomputes_to_the_same_gradients(self, model: CLIPModel) -> None:
         model.train()
         inputs = batch()
         checkpointed = copy.deepcopy(model)
-        checkpointed.activation_checkpointing_enable()
+        checkpointed.gradient_checkpointing_enable()
         calls = []
         for tower in (checkpointed.vision_model, checkpointed.text_model):
             tower.encoder.layers[0].layer_norm1.register_forward_hook(lambda module, *_: calls.append(module))

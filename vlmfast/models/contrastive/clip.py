@@ -275,7 +275,7 @@ class CLIPModel(PreTrainedModel):
             cls.config_class(vision_config=configs["vision_model"], text_config=configs["text_model"], **config)
         )
         for name, tower in towers.items():
-            if isinstance(tower, PreTrainedModel):
+            if isinstance(tower, nn.Module):
                 weights, used = tower.state_dict(), getattr(model, name)
                 used.load_state_dict({key: weights[key] for key in used.state_dict()})
         return model.eval()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from os import fspath
+from types import MethodType
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class CLIPTextModel(OpenAIInit, transformers.CLIPTextModel):
 TOWERS = {
     "clip_vision_model": CLIPVisionModel,
     "clip_text_model": CLIPTextModel,
+    "siglip_vision_model": transformers.SiglipVisionModel,
     "siglip_text_model": transformers.SiglipTextModel,
     "align_vision_model": transformers.AlignVisionModel,
     "align_text_model": transformers.AlignTextModel,
@@ -96,10 +98,26 @@ def new_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """A tower of random weights; EfficientNets are put right, see `correct_efficientnet`."""
     if config.model_type in TOWERS:
         tower = TOWERS[config.model_type]._from_config(config)
+        _flatten(tower)
     else:
         tower = AutoModel.from_config(config)
     correct_efficientnet(tower)
     return tower
+
+
+def _flatten(tower: PreTrainedModel) -> None:
+    """Gives a CLIP or Siglip tower of transformers 5.0, which has its layers in a module inside, those of later ones.
+
+    Parameters then have the names that they have in transformers' two-tower models, of all versions.
+    """
+    for name in ("vision_model", "text_model"):
+        inner = tower._modules.pop(name, None)
+        if inner is not None:
+            for key, value in inner.__dict__.items():
+                tower.__dict__.setdefault(key, value)
+            tower._modules.update(inner._modules)
+            tower.__dict__[name] = tower  # where its own methods look for the layers
+            tower.forward = MethodType(type(inner).forward, tower)
 
 
 class DropConnect(nn.Module):
@@ -156,16 +174,29 @@ def tower_width(name: str, config: PreTrainedConfig) -> int:
     return found
 
 
-def load_tower(name: str, tower: Any) -> PreTrainedModel | PreTrainedConfig:
+def load_tower(name: str, tower: Any) -> nn.Module | PreTrainedConfig:
     """What `CLIPModel.from_towers` takes as a model or config; name is "vision_model" or "text_model"."""
-    if isinstance(tower, PreTrainedModel | PreTrainedConfig):
+    if isinstance(tower, PreTrainedConfig):
         return tower
+    if isinstance(tower, PreTrainedModel):
+        return _layers(name, tower)
     model, report = AutoModel.from_pretrained(fspath(tower), output_loading_info=True)
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ValueError(f"{name}: expected a checkpoint of a {type(model).__name__}, {fspath(tower)} lacks {missing}")
+    return _layers(name, model)
+
+
+def _layers(name: str, model: PreTrainedModel) -> nn.Module:
+    """The tower of a model of two, and what holds the layers of one where that is a module inside, see `_flatten`."""
     part = getattr(model, name, None)
-    return part if isinstance(part, PreTrainedModel) and hasattr(model.config, "vision_config") else model
+    holds = hasattr(model.config, "vision_config") or type(model) in (
+        transformers.CLIPVisionModel,
+        transformers.CLIPTextModel,
+        transformers.SiglipVisionModel,
+        transformers.SiglipTextModel,
+    )
+    return part if holds and isinstance(part, nn.Module) else model
 
 
 def normalisation(vision: Any) -> dict[str, Any]:
