@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from multiprocessing import forkserver
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -22,12 +24,19 @@ class Processes(Dataset[tuple[int, int]]):
         return os.getpid(), os.getppid()
 
 
-def in_a_group_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def in_a_group_of_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With a fork server of its own: other tests have one, too."""
     monkeypatch.setattr(workers, "rank_and_world_size", lambda: (0, 2))
+    server = forkserver._forkserver
+    server._stop()
+    monkeypatch.setattr(server, "_preload_modules", server._preload_modules)
+    yield
+    server._stop()
 
 
-def test_a_process_of_a_group_does_not_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_a_group_of_two(monkeypatch)
+@pytest.mark.usefixtures("in_a_group_of_two")
+def test_a_process_of_a_group_does_not_fork() -> None:
     handler = signal.getsignal(signal.SIGTERM)
     loader = DataLoader(Processes(), batch_size=None, num_workers=1)
     guard_workers(loader)
@@ -37,10 +46,7 @@ def test_a_process_of_a_group_does_not_fork(monkeypatch: pytest.MonkeyPatch) -> 
     assert os.getpid() not in parents
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_signals_leave_workers_and_their_parent_at_work(monkeypatch: pytest.MonkeyPatch, grouped: bool) -> None:
-    if grouped:
-        in_a_group_of_two(monkeypatch)
+def check_signals() -> None:
     loader = DataLoader(Processes(), batch_size=None, num_workers=1, prefetch_factor=1)
     guard_workers(loader)
     seen = 0
@@ -51,4 +57,13 @@ def test_signals_leave_workers_and_their_parent_at_work(monkeypatch: pytest.Monk
                 for process in {worker, parent} - {os.getpid()}:
                     os.kill(process, number)
     assert seen == len(Processes())
-    assert len(list(loader)) == len(Processes())  # by new workers
+    assert {again for _, again in loader} == {parent}  # which starts new workers
+
+
+def test_signals_leave_workers_at_work() -> None:
+    check_signals()
+
+
+@pytest.mark.usefixtures("in_a_group_of_two")
+def test_signals_leave_workers_and_the_fork_server_at_work() -> None:
+    check_signals()
