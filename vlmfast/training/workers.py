@@ -21,9 +21,9 @@ def worker_context() -> str | None:
     """`multiprocessing_context` for a DataLoader: "forkserver" in a process with others in its group, else None.
 
     A fork copies locks that other threads hold. Those of gloo take CPython's list of threads, which CPython 3.11 locks
-    once more in the forked process before it makes the lock anew: about one run in sixty stood still for ever, its
-    worker inside fork. The fork server has no other threads. It and its workers ignore SIGINT and SIGTERM, which
-    torchrun sends to every process of a rank.
+    once more in the forked process before it makes the lock anew: about one worker in a thousand stood still for ever
+    inside fork, and the run with it. The fork server has no other threads. It and its workers ignore SIGINT and
+    SIGTERM, which torchrun sends to every process of a rank; a fork server that was there before does not.
     """
     if rank_and_world_size()[1] == 1 or "forkserver" not in multiprocessing.get_all_start_methods():
         return None
