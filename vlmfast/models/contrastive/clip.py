@@ -73,6 +73,7 @@ class CLIPConfig(PreTrainedConfig):
         Others as PreTrainedConfig.
     Raises:
         ValueError: a setting is of another type, or a tower's `model_type` unknown.
+        TypeError: a tower's config is neither.
     """
 
     # Not one of transformers' config dataclasses, which came after 5.0.
