@@ -29,7 +29,6 @@ int64_t count_threads() {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["cpu_isa"] = vlmfast::cpu_isa();
-  info["brgemm"] = vlmfast::has_brgemm();
   info["bf16_products"] = vlmfast::has_bf16_products();
   info["threads"] = count_threads();
   info["torch"] = VLMFAST_STRING(VLMFAST_TORCH_VERSION);

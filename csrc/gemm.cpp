@@ -11,10 +11,6 @@
 #include <chrono>
 #include <type_traits>
 
-#if __has_include(<sys/mman.h>)
-#include <sys/mman.h>
-#endif
-
 namespace vlmfast {
 
 std::string cpu_isa() {
@@ -31,25 +27,6 @@ bool bf16_schedule_forced = false;
 }
 
 bool wants_bf16_schedule() { return has_bf16_products() || bf16_schedule_forced; }
-
-bool has_brgemm() {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  // ATen offers no query: brgemm raises where oneDNN has no kernel for this processor.
-  static const bool available = [] {
-    const float one = 1.0f;
-    float product = 0.0f;
-    try {
-      at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, &one, &one, &product, false);
-    } catch (const c10::Error&) {
-      return false;
-    }
-    return product == 1.0f;
-  }();
-  return available && at::globalContext().userEnabledMkldnn();
-#else
-  return false;
-#endif
-}
 
 bool has_bf16_products() {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
@@ -76,38 +53,9 @@ bool has_bf16_products() {
 void force_bf16_schedule(bool force) { bf16_schedule_forced = force; }
 
 void release_thread() {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  if (has_brgemm()) at::native::cpublas::brgemm_release(false);
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
   if (has_bf16_products()) at::native::cpublas::brgemm_release(true);
 #endif
-}
-
-void advise_huge_pages([[maybe_unused]] const at::Tensor& fresh) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 1 << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + fresh.nbytes()) / page * page;
-  // Advice: where the system does not take it, small pages serve.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-void tile_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-               int64_t ldc, bool accumulate) {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  if (has_brgemm()) {
-    // oneDNN adds up all of k in one chain of roundings; in blocks of 128 the error of a dot product is that of a good BLAS.
-    constexpr int64_t block = 128;
-    for (int64_t k0 = 0; k0 < k; k0 += block)
-      at::native::cpublas::brgemm(m, n, std::min(block, k - k0), lda, ldb, ldc, accumulate || k0 > 0, a + k0, b + k0 * ldb,
-                                  c, false);
-    return;
-  }
-#endif
-  const auto a_tile = at::from_blob(const_cast<float*>(a), {m, k}, {lda, 1}, at::kFloat);
-  const auto b_tile = at::from_blob(const_cast<float*>(b), {k, n}, {ldb, 1}, at::kFloat);
-  auto c_tile = at::from_blob(c, {m, n}, {ldc, 1}, at::kFloat);
-  c_tile.addmm_(a_tile, b_tile, accumulate ? 1 : 0);
 }
 
 void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,

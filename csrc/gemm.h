@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/product.h"
 #include "cpu/tile.h"
 #include "ops.h"
 
@@ -31,24 +32,28 @@ const Kernels& choose_isa(const Kernels& baseline, const Kernels& avx2, const Ke
   return isa == "avx512" ? avx512 : isa == "avx2" ? avx2 : baseline;
 }
 
-// `rows` cut into steps of at most kRows that are as equal as multiples of 8 can be.
-inline int64_t equal_steps(int64_t rows) { return ceil_div(ceil_div(rows, ceil_div(rows, kRows)), 8) * 8; }
+// `rows` cut into steps of at most kRows that are as equal as multiples of 6 can be.
+inline int64_t equal_steps(int64_t rows) { return ceil_div(ceil_div(rows, ceil_div(rows, kRows)), 6) * 6; }
 
 // c (m, n) = a (m, k) b (k, n), or += with accumulate; row-major with the given row strides, on the calling thread.
-void tile_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-               int64_t ldc, bool accumulate);
+inline void tile_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                      int64_t ldc, bool accumulate) {
+  VLMFAST_KERNELS(product).multiply(m, n, k, a, lda, 1, b, ldb, c, ldc, accumulate);
+}
 
-// The same for bfloat16 operands and a float32 result, with b in pairs of rows: (k / 2, n, 2), k even, 2 * ldb elements from
+// The same with the transpose of a (k, m).
+inline void transposed_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+                            float* c, int64_t ldc, bool accumulate) {
+  VLMFAST_KERNELS(product).multiply(m, n, k, a, 1, lda, b, ldb, c, ldc, accumulate);
+}
+
+// tile_gemm for bfloat16 operands and a float32 result, with b in pairs of rows: (k / 2, n, 2), k even, 2 * ldb elements from
 // one pair to the next. Where the processor has no bfloat16 products, on widened copies.
 void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
                float* c, int64_t ldc, bool accumulate);
 
 // Whether bfloat16 features are to be multiplied as such: the processor can, or `force_bf16_schedule` was called.
 bool wants_bf16_schedule();
-
-// Asks the system for large pages under a tensor that is about to be written for the first time: on a buffer of n * m floats
-// the faults of small ones cost as much as a tenth of the whole loss.
-void advise_huge_pages(const at::Tensor& fresh);
 
 // Frees what tile products hold on the calling thread; once at the end of each parallel region.
 void release_thread();

@@ -12,6 +12,10 @@
 #include "ops.h"
 #include "tiles.h"
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
 namespace vlmfast {
 namespace {
 
@@ -40,12 +44,12 @@ struct Positives {
   const int32_t* rows(int64_t first) const { return row_codes.const_data_ptr<int32_t>() + first; }
   const int32_t* cols(int64_t first) const { return col_codes.const_data_ptr<int32_t>() + first; }
 
-  // f(row, col) for the labels within tile (i, j), as indices within the tile.
+  // f(row, col) for the labels within a tile, as indices within it.
   template <class F>
-  void for_each_label(const FeatureTiles& tiles, int64_t i, int64_t j, const F& f) const {
-    for (int64_t r = 0; r < tiles.rows(i); ++r) {
-      const int64_t c = tiles.first_row(i) + r + label_offset - j * kCols;
-      if (c >= 0 && c < tiles.cols(j)) f(r, c);
+  void for_each_label(const Tile& tile, const F& f) const {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t c = tile.row + r + label_offset - tile.col;
+      if (c >= 0 && c < tile.cols) f(r, c);
     }
   }
 };
@@ -75,6 +79,18 @@ struct Sums {
   }
 };
 
+// Asks the system for large pages under a tensor that is about to be written for the first time. Only for what is held and
+// written again: where a virtual machine has to get the memory first, large pages cost more than small ones, once.
+void advise_huge_pages([[maybe_unused]] const at::Tensor& fresh) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + fresh.nbytes()) / page * page;
+  // Advice: where the system does not take it, small pages serve.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // (n, m) to keep exponentials in. Fresh memory of this size costs as much as a quarter of the whole loss in page faults, so
 // the buffer of the last call serves again once nobody else holds it: a training loop needs it in every step.
 at::Tensor kept_buffer(int64_t n, int64_t m, const at::TensorOptions& options) {
@@ -87,10 +103,16 @@ at::Tensor kept_buffer(int64_t n, int64_t m, const at::TensorOptions& options) {
     return at::empty({0}, options).set_(last, 0, {n, m}, {m, 1});
   last = c10::Storage();
   auto fresh = at::empty({n, m}, options);
-  advise_huge_pages(fresh);
-  if (bytes <= most) last = fresh.storage();
+  if (bytes <= most) {
+    advise_huge_pages(fresh);
+    last = fresh.storage();
+  }
   return fresh;
 }
+
+// Where a tile begins in what is kept: panels of kCols columns one after the other (PANEL of vlmfast/ops/info_nce.py), so
+// that a tile lies in one piece.
+int64_t kept_place(const FeatureTiles& tiles, const Tile& tile) { return tiles.n * tile.col + tile.row * tile.cols; }
 
 void copy_tile(int64_t rows, int64_t cols, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, cols, to + i * to_stride);
@@ -103,28 +125,28 @@ void sweep(const FeatureTiles& tiles, const Positives& positives, float scale, f
   col.reset(columns ? tiles.m : 0, online ? -kInfinity : shift);
   const float excluded = online ? std::copysign(kInfinity, -scale) : (shift - 200) / scale;  // its power of two is 0
   const auto buffers = at::empty({tiles.bands, kRows * kCols}, tiles.image.options());
-  for_each_tile(tiles, [&](int64_t band, int64_t i, int64_t j) {
-    const int64_t height = tiles.rows(i), width = tiles.cols(j), first_row = tiles.first_row(i), first_col = j * kCols;
-    float* tile = buffers.mutable_data_ptr<float>() + band * kRows * kCols;
-    float* out = kept.numel() ? kept.mutable_data_ptr<float>() + first_row * tiles.m + first_col : tile;
-    const int64_t out_stride = kept.numel() ? tiles.m : kCols;
-    tiles.dot(i, j, tile);
+  for_each_tile(tiles, [&](const Tile& tile) {
+    float* dots = buffers.mutable_data_ptr<float>() + tile.band * kRows * kCols;
+    float* out = kept.numel() ? kept.mutable_data_ptr<float>() + kept_place(tiles, tile) : dots;
+    const int64_t out_stride = kept.numel() ? tile.cols : kCols;
+    tiles.dot(tile, dots);
     if (positives.grouped())
-      VLMFAST_KERNELS(tile).sum_matches(tile, kCols, height, width, positives.rows(first_row), positives.cols(first_col),
-                                        row.positive.data() + first_row, columns ? col.positive.data() + first_col : nullptr);
+      VLMFAST_KERNELS(tile).sum_matches(dots, kCols, tile.rows, tile.cols, positives.rows(tile.row),
+                                        positives.cols(tile.col), row.positive.data() + tile.row,
+                                        columns ? col.positive.data() + tile.col : nullptr);
     else
-      positives.for_each_label(tiles, i, j, [&](int64_t r, int64_t c) {
-        row.positive[first_row + r] = tile[r * kCols + c];
-        if (columns) col.positive[first_col + c] = tile[r * kCols + c];
-        tile[r * kCols + c] = excluded;
+      positives.for_each_label(tile, [&](int64_t r, int64_t c) {
+        row.positive[tile.row + r] = dots[r * kCols + c];
+        if (columns) col.positive[tile.col + c] = dots[r * kCols + c];
+        dots[r * kCols + c] = excluded;
       });
-    double *row_sum = row.sum.data() + first_row, *col_sum = columns ? col.sum.data() + first_col : nullptr;
+    double *row_sum = row.sum.data() + tile.row, *col_sum = columns ? col.sum.data() + tile.col : nullptr;
     if (online) {
-      kernels().online_sums(tile, kCols, height, width, scale, row.shift.data() + first_row, row_sum,
-                            columns ? col.shift.data() + first_col : nullptr, col_sum);
-      if (kept.numel()) copy_tile(height, width, tile, kCols, out, out_stride);
+      kernels().online_sums(dots, kCols, tile.rows, tile.cols, scale, row.shift.data() + tile.row, row_sum,
+                            columns ? col.shift.data() + tile.col : nullptr, col_sum);
+      if (kept.numel()) copy_tile(tile.rows, tile.cols, dots, kCols, out, out_stride);
     } else {
-      kernels().exp_sums(tile, kCols, height, width, scale, shift, row_sum, col_sum, out, out_stride);
+      kernels().exp_sums(dots, kCols, tile.rows, tile.cols, scale, shift, row_sum, col_sum, out, out_stride);
     }
   });
   if (online)  // where there are no negatives, any finite shift
@@ -180,30 +202,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
   const float scale2 = base2_scale(scale), one_shift = shift.item<float>();
   const bool online = std::isinf(one_shift);
 
-  auto d_image = at::zeros({image_sum ? tiles.n : 0, tiles.dim}, tiles.image.options());
-  auto d_text = at::zeros({text_grad ? tiles.m : 0, tiles.dim}, tiles.image.options());
+  auto d_image = at::empty({image_sum ? tiles.n : 0, tiles.dim}, tiles.image.options());
+  auto d_text = at::empty({text_grad ? tiles.m : 0, tiles.dim}, tiles.image.options());
   float* d_image_data = image_sum ? d_image.mutable_data_ptr<float>() : nullptr;
   float* d_text_data = text_grad ? d_text.mutable_data_ptr<float>() : nullptr;
   const auto buffers = at::empty({tiles.bands, 2, kRows * kCols}, tiles.image.options());
-  for_each_tile(tiles, [&](int64_t band, int64_t i, int64_t j) {
-    const int64_t height = tiles.rows(i), width = tiles.cols(j), first_row = tiles.first_row(i), first_col = j * kCols;
-    float *tile = buffers.mutable_data_ptr<float>() + band * 2 * kRows * kCols, *scratch = tile + kRows * kCols;
-    const float* source = recompute ? tile : kept.const_data_ptr<float>() + first_row * tiles.m + first_col;
-    const int64_t stride = recompute ? kCols : tiles.m;
-    const auto row = row_side.at(first_row), col = col_side.at(first_col);
-    if (recompute) tiles.dot(i, j, tile);
+  for_each_tile(tiles, [&](const Tile& tile) {
+    float *values = buffers.mutable_data_ptr<float>() + tile.band * 2 * kRows * kCols, *scratch = values + kRows * kCols;
+    const float* source = recompute ? values : kept.const_data_ptr<float>() + kept_place(tiles, tile);
+    const int64_t stride = recompute ? kCols : tile.cols;
+    const auto row = row_side.at(tile.row), col = col_side.at(tile.col);
+    if (recompute) tiles.dot(tile, values);
     if (online)
-      kernels().gradient_two_shifts(source, stride, height, width, scale2, row, col, tile, kCols);
+      kernels().gradient_two_shifts(source, stride, tile.rows, tile.cols, scale2, row, col, values, kCols);
     else if (recompute)
-      kernels().gradient_from_dot(tile, kCols, height, width, scale2, one_shift, row, col);
+      kernels().gradient_from_dot(values, kCols, tile.rows, tile.cols, scale2, one_shift, row, col);
     else
-      kernels().gradient_from_exp(source, stride, height, width, row, col, tile, kCols);
+      kernels().gradient_from_exp(source, stride, tile.rows, tile.cols, row, col, values, kCols);
     if (positives.grouped())
-      kernels().subtract_matches(tile, kCols, height, width, positives.rows(first_row), positives.cols(first_col), row, col);
+      kernels().subtract_matches(values, kCols, tile.rows, tile.cols, positives.rows(tile.row), positives.cols(tile.col),
+                                 row, col);
     else
-      positives.for_each_label(tiles, i, j,
-                               [&](int64_t r, int64_t c) { tile[r * kCols + c] = -(row.target[r] + col.target[c]); });
-    tiles.add_gradients(i, j, tile, scratch, d_image_data, d_text_data);
+      positives.for_each_label(
+          tile, [&](int64_t r, int64_t c) { values[r * kCols + c] = -(row.target[r] + col.target[c]); });
+    tiles.add_gradients(tile, values, scratch, d_image_data, d_text_data);
   });
 
   const auto unit32 = unit.to(at::kFloat);

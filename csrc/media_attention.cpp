@@ -174,7 +174,7 @@ class Visibility {
 // A thread's tiles.
 struct Scratch {
   std::vector<float> q, k, v, grad, k_columns, v_columns, sums, v_sums;
-  std::vector<float> tile = std::vector<float>(kQueries * kKeys), d_tile = tile, turned = tile;
+  std::vector<float> tile = std::vector<float>(kQueries * kKeys), d_tile = tile;
   float top[kQueries], sum[kQueries], lse[kQueries];
 };
 
@@ -333,11 +333,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> media_attention_backward(
           const Rows query = queries.rows(b, h, i0 + rows.begin, height, scratch.q);
           const Rows grad = gradients.rows(b, h, i0 + rows.begin, height, scratch.grad);
           tile_gradient(b, h, i0, rows, j, query, grad, scratch);
-          float* turned = scratch.turned.data();
-          VLMFAST_KERNELS(tile).transpose(scratch.tile.data(), kKeys, height, width, turned, kQueries);
-          tile_gemm(width, v_dim, height, turned, kQueries, grad.data, grad.stride, scratch.v_sums.data(), v_dim, true);
-          VLMFAST_KERNELS(tile).transpose(scratch.d_tile.data(), kKeys, height, width, turned, kQueries);
-          tile_gemm(width, dim, height, turned, kQueries, query.data, query.stride, scratch.sums.data(), dim, true);
+          transposed_gemm(width, v_dim, height, scratch.tile.data(), kKeys, grad.data, grad.stride,
+                          scratch.v_sums.data(), v_dim, true);
+          transposed_gemm(width, dim, height, scratch.d_tile.data(), kKeys, query.data, query.stride,
+                          scratch.sums.data(), dim, true);
         }
       k_result.write(b, kv_head, j * kKeys, width, scratch.sums.data());
       v_result.write(b, kv_head, j * kKeys, width, scratch.v_sums.data());

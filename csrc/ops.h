@@ -71,10 +71,6 @@ std::tuple<at::Tensor, at::Tensor> patch_embed_backward(const at::Tensor& grad, 
 // "avx512", "avx2" or "baseline": the instruction set that the CPU kernels run with, from at::get_cpu_capability().
 std::string cpu_isa();
 
-// Whether tile products run on oneDNN's batch-reduce GEMM (true) or on ATen's matrix product (false): the former where
-// oneDNN has it for this processor and torch.backends.mkldnn.enabled is not switched off.
-bool has_brgemm();
-
 // Whether bfloat16 features are multiplied as such (AVX-512 BF16, AMX) rather than widened to float32.
 bool has_bf16_products();
 

@@ -222,23 +222,8 @@ const uint16_t* as(const float* row, int64_t count, uint16_t* out) {
   return out;
 }
 
-// out (cols, stride) <- the transpose of `count` rows, row(r) being the first of `cols` entries of one. In bfloat16 the
-// rows go in pairs, which seen as one float move together; after an odd number of rows comes a 0.
-template <class Row>
-void transpose_rows(const Row& row, int64_t count, int64_t cols, float* out, int64_t stride) {
-  constexpr int64_t strip = 32;
-  float rows[strip * kCols];
-  for (int64_t r0 = 0; r0 < count; r0 += strip) {
-    const int64_t height = std::min(strip, count - r0);
-    for (int64_t r = 0; r < height; ++r) {
-      float* to = rows + r * kCols;
-      const float* from = as(row(r0 + r), cols, to);
-      if (from != to) std::copy_n(from, cols, to);
-    }
-    VLMFAST_KERNELS(tile).transpose(rows, kCols, height, cols, out + r0, stride);
-  }
-}
-
+// out (cols, stride) <- the transpose of `count` rows, row(r) being the first of `cols` entries of one. The rows go in pairs,
+// which seen as one float move together; after an odd number of rows comes a 0.
 template <class Row>
 void transpose_rows(const Row& row, int64_t count, int64_t cols, at::BFloat16* out, int64_t stride) {
   constexpr int64_t strip = 32;
@@ -255,7 +240,7 @@ void transpose_rows(const Row& row, int64_t count, int64_t cols, at::BFloat16* o
 }
 
 constexpr int64_t kGradRows = 512;  // patches that are read at a time
-constexpr int64_t kGradCols = 384;  // of their entries, multiplied at a time
+constexpr int64_t kGradCols = 384;  // of their entries, multiplied at a time in bfloat16
 constexpr int64_t kMostSplits = 8;  // of the sum over patches, each with a gradient of its own in memory
 
 // (O, entries) = grad's rows transposed times the patches. Threads split the sum over patches; beyond kMostSplits of them
@@ -296,14 +281,17 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
             const int64_t image = (first + r) / patches.taken, token = prefix + (first + r) % patches.taken;
             return rows + (image * grad.size(1) + token) * width + j * kCols;
           };
-          transpose_rows(row, count, cols, left, step);
           float* out = sums.mutable_data_ptr<float>() + (split * width + j * kCols) * even;
-          for (int64_t k = 0; k < even; k += kGradCols) {
-            const int64_t part = std::min(kGradCols, even - k);
-            if constexpr (single)
-              tile_gemm(cols, part, count, left, step, right + k, even, out + k, even, true);
-            else
-              tile_gemm(cols, part, count + count % 2, left, step,
+          if constexpr (single) {
+            for (int64_t r = 0; r < count; ++r) {
+              const float* from = as(row(r), cols, left + r * kCols);
+              if (from != left + r * kCols) std::copy_n(from, cols, left + r * kCols);
+            }
+            transposed_gemm(cols, even, count, left, kCols, right, even, out, even, true);
+          } else {
+            transpose_rows(row, count, cols, left, step);
+            for (int64_t k = 0; k < even; k += kGradCols)
+              tile_gemm(cols, std::min(kGradCols, even - k), count + count % 2, left, step,
                         paired.template const_data_ptr<Product>() + 2 * k, even, out + k, even, true);
           }
         }
@@ -348,7 +336,6 @@ at::Tensor patch_embed_forward(const at::Tensor& pixels, const at::Tensor& weigh
   const bool narrow = token_dtype == at::kBFloat16;
   const auto tokens =
       at::empty({pixels.size(0), count + patches.taken, weight.size(0)}, narrow ? at::kBFloat16 : at::kFloat);
-  advise_huge_pages(tokens);
   const auto biases = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
   const auto positions = position ? position->to(at::kFloat).contiguous() : at::Tensor();
   const bool shared = !position || positions.dim() == 2;

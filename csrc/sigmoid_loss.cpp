@@ -32,18 +32,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
     std::iota(col_ids.begin(), col_ids.end(), 0);
   }
 
-  auto d_image = at::zeros({image_grad ? tiles.n : 0, tiles.dim}, tiles.image.options());
-  auto d_text = at::zeros({text_grad ? tiles.m : 0, tiles.dim}, tiles.image.options());
+  auto d_image = at::empty({image_grad ? tiles.n : 0, tiles.dim}, tiles.image.options());
+  auto d_text = at::empty({text_grad ? tiles.m : 0, tiles.dim}, tiles.image.options());
   float* d_image_data = image_grad ? d_image.mutable_data_ptr<float>() : nullptr;
   float* d_text_data = text_grad ? d_text.mutable_data_ptr<float>() : nullptr;
   const auto buffers = at::empty({tiles.bands, 2, kRows * kCols}, tiles.image.options());
   std::vector<cpu::SigmoidSums> sums(tiles.bands);
-  for_each_tile(tiles, [&](int64_t band, int64_t i, int64_t j) {
-    float* tile = buffers.mutable_data_ptr<float>() + band * 2 * kRows * kCols;
-    tiles.dot(i, j, tile);
-    kernels.sweep(tile, kCols, tiles.rows(i), tiles.cols(j), s, b, row_ids.data() + tiles.first_row(i), col_ids.data() + j * kCols,
-                  sums[band]);
-    tiles.add_gradients(i, j, tile, tile + kRows * kCols, d_image_data, d_text_data);
+  for_each_tile(tiles, [&](const Tile& tile) {
+    float* values = buffers.mutable_data_ptr<float>() + tile.band * 2 * kRows * kCols;
+    tiles.dot(tile, values);
+    kernels.sweep(values, kCols, tile.rows, tile.cols, s, b, row_ids.data() + tile.row, col_ids.data() + tile.col,
+                  sums[tile.band]);
+    tiles.add_gradients(tile, values, values + kRows * kCols, d_image_data, d_text_data);
   });
 
   cpu::SigmoidSums total;

@@ -1,5 +1,7 @@
 #include "info_nce.h"
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace vlmfast::cpu::VLMFAST_ISA {
@@ -8,7 +10,7 @@ namespace {
 // exp_sums of kCount rows at once: their chains of instructions are independent, and column sums are loaded once for all.
 template <int kCount>
 inline void exp_sums_of_rows(const float* tile, int64_t stride, int64_t cols, float scale, float shift, double* row_sum,
-                             float* columns, float* out, int64_t out_stride) {
+                             float* columns, float* out, int64_t out_stride, bool past_caches) {
   Vec sums[kCount] = {};
   for_each_in_row(tile, cols, [&](Vec, int64_t j, int64_t count) {
     Vec column = load(columns + j);
@@ -17,7 +19,8 @@ inline void exp_sums_of_rows(const float* tile, int64_t stride, int64_t cols, fl
       const Vec e = keep_first(exp2_shifted(x, splat(scale), splat(shift)), count, 0.0f);
       sums[r] += e;
       column += e;
-      store(out + r * out_stride + j, count, e);
+      float* to = out + r * out_stride + j;
+      past_caches ? stream(to, e) : store(to, count, e);
     }
     store(columns + j, column);
   });
@@ -27,11 +30,16 @@ inline void exp_sums_of_rows(const float* tile, int64_t stride, int64_t cols, fl
 void exp_sums(const float* tile, int64_t stride, int64_t rows, int64_t cols, float scale, float shift, double* row_sum,
               double* col_sum, float* out, int64_t out_stride) {
   float columns[kMaxTile + kWidth] = {};
+  // What is kept is read in backward, long after other data has taken its place in the caches.
+  const bool past_caches = out != tile && cols % kWidth == 0 && out_stride % kWidth == 0 && streams_to(out);
+  const auto sums_of = [&](auto rows_at_once, int64_t i) {
+    exp_sums_of_rows<rows_at_once>(tile + i * stride, stride, cols, scale, shift, row_sum + i, columns, out + i * out_stride,
+                                   out_stride, past_caches);
+  };
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4)
-    exp_sums_of_rows<4>(tile + i * stride, stride, cols, scale, shift, row_sum + i, columns, out + i * out_stride, out_stride);
-  for (; i < rows; ++i)
-    exp_sums_of_rows<1>(tile + i * stride, stride, cols, scale, shift, row_sum + i, columns, out + i * out_stride, out_stride);
+  for (; i + 4 <= rows; i += 4) sums_of(std::integral_constant<int, 4>(), i);
+  for (; i < rows; ++i) sums_of(std::integral_constant<int, 1>(), i);
+  if (past_caches) finish_streams();
   if (col_sum)
     for (int64_t j = 0; j < cols; ++j) col_sum[j] += columns[j];
 }

@@ -59,6 +59,8 @@ static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 #if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
 static inline __mmask16 first_lanes(int64_t count) { return __mmask16((1u << count) - 1); }
+#elif defined(__AVX2__) && VLMFAST_SIMD_WIDTH == 8
+static inline IntVec first_lanes(int64_t count) { return IntVec{0, 1, 2, 3, 4, 5, 6, 7} < int32_t(count); }
 #endif
 
 // The first `count` floats at p; `fill` in the lanes after them.
@@ -66,6 +68,9 @@ static inline Vec load(const float* p, int64_t count, float fill) {
   if (count == kWidth) return load(p);
 #if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
   return Vec(_mm512_mask_loadu_ps(__m512(splat(fill)), first_lanes(count), p));
+#elif defined(__AVX2__) && VLMFAST_SIMD_WIDTH == 8
+  const IntVec first = first_lanes(count);
+  return first ? Vec(_mm256_maskload_ps(p, __m256i(first))) : splat(fill);
 #endif
   float lanes[kWidth];
   for (int64_t k = 0; k < kWidth; ++k) lanes[k] = k < count ? p[k] : fill;
@@ -76,10 +81,31 @@ static inline void store(float* p, int64_t count, Vec v) {
   if (count == kWidth) return store(p, v);
 #if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
   return _mm512_mask_storeu_ps(p, first_lanes(count), __m512(v));
+#elif defined(__AVX2__) && VLMFAST_SIMD_WIDTH == 8
+  return _mm256_maskstore_ps(p, __m256i(first_lanes(count)), __m256(v));
 #endif
   float lanes[kWidth];
   store(lanes, v);
   for (int64_t k = 0; k < count; ++k) p[k] = lanes[k];
+}
+
+// A store past the caches, to an address for which streams_to holds. Others may read it after finish_streams.
+static inline void stream(float* p, Vec v) {
+#if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
+  _mm512_stream_ps(p, __m512(v));
+#elif defined(__AVX2__) && VLMFAST_SIMD_WIDTH == 8
+  _mm256_stream_ps(p, __m256(v));
+#else
+  store(p, v);
+#endif
+}
+
+static inline bool streams_to(const float* p) { return uintptr_t(p) % sizeof(Vec) == 0; }
+
+static inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 // v with `fill` in all lanes but the first `count`.

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 # A C interface to the tables of function pointers.
 DRIVER = """
 #include "tile.cpp"
+#include "product.cpp"
 #include "info_nce.cpp"
 #include "sigmoid_loss.cpp"
 using namespace vlmfast::cpu;
@@ -43,6 +44,8 @@ void sum_matches(F t, I st, I r, I c, int32_t* ri, int32_t* ci, F rs, F cs)
 void round_to_bf16(F t, I st, I r, I c, uint16_t* o, I os) {{ {isa}::tile.narrow(t, st, true, r, c, o, os); }}
 void transpose_to_bf16(F t, I st, I r, I c, uint16_t* o, I os) {{ {isa}::tile.transpose_to_bf16(t, st, r, c, o, os); }}
 void transpose(F t, I st, I r, I c, F o, I os) {{ {isa}::tile.transpose(t, st, r, c, o, os); }}
+void multiply(I m, I n, I k, F a, I ar, I ac, F b, I br, F c, I cr, I add)
+{{ {isa}::product.multiply(m, n, k, a, ar, ac, b, br, c, cr, add); }}
 double dot(F a, F b, I n) {{ return {isa}::tile.dot(a, b, n); }}
 }}
 """
@@ -149,6 +152,25 @@ def test_dot(kernels, count: int) -> None:
     a, b = (np.random.default_rng(k).standard_normal(count).astype(np.float32) for k in (0, 1))
     exact = np.dot(a.astype(np.float64), b)
     assert abs(call(kernels.dot, a, b, count) - exact) < 1e-6 * np.abs(a * b).sum()
+
+
+@pytest.mark.parametrize("k", [1, 2, 191, 193, 577, 1200])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 15), (3, 64), (4, 33), (5, 129), (6, 16), (7, 80), (13, 71)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_multiply(kernels, m: int, n: int, k: int, transposed: bool) -> None:
+    rng = np.random.default_rng(m * n * k)
+    a, b, before = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k + 3), (k, n + 2), (m, n + 5)))
+    stored = np.ascontiguousarray(a.T) if transposed else a
+    a_row, a_col = (1, m) if transposed else (k + 3, 1)
+    exact = a[:, :k].astype(np.float64) @ b[:, :n].astype(np.float64)
+    size = np.abs(a[:, :k]).astype(np.float64) @ np.abs(b[:, :n])
+    for add in (False, True):
+        c = before.copy()
+        call(kernels.multiply, m, n, k, stored, a_row, a_col, b, n + 2, c, n + 5, int(add))
+        expected = exact + before[:, :n] if add else exact
+        # Roundings of a chain of 192 products, most of which cancel, and of the sum of chains.
+        assert np.all(np.abs(c[:, :n] - expected) <= 2.0**-24 * (min(k, 192) ** 0.5 + 8) * (size + np.abs(expected)))
+        assert np.array_equal(c[:, n:], before[:, n:])  # nothing past the end is touched
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import media
 import pytest
 import torch
 from media import any_media, last_media, qkv, with_weights
@@ -8,7 +7,6 @@ from numerics import loss_and_gradients
 
 from vlmfast.ops import media_attention
 from vlmfast.ops._dispatch import core
-from vlmfast.ops.media_attention import reference
 
 pytestmark = pytest.mark.skipif(core is None, reason="the C++ extension was not built")
 
@@ -26,16 +24,6 @@ def test_the_number_of_threads_changes_nothing() -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_products_without_onednn() -> None:
-    """The way of processors that oneDNN has no small products for."""
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert not core.build_info()["brgemm"]
-        for dtype in (torch.float32, torch.bfloat16):
-            media.check(
-                media_attention, reference, qkv(2, 4, 2, 70, 90, 40), dtype, tokens_per_media=30, **any_media(2, 70, 3)
-            )
 
 
 ISA = """

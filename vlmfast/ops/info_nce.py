@@ -9,7 +9,8 @@ A backend's forward returns, all float32:
   the sum of dot_ij over positives;
 - col_stats (3, N), or (3, 0) when columns are not asked for: the same down each column, over all rows;
 - shift (): when finite, it is every u and kept holds 2^(x - shift); when infinite, kept holds dot;
-- kept (n, N), or (0, 0) when backward is to recompute it.
+- kept (n, N), or (0, 0) when backward is to recompute it. What `tile_forward` returns for tensors on a CPU lies in
+  memory in panels of PANEL columns, each (n, PANEL) row by row: the tiles of "cpu" are then in one piece.
 
 `normalise` turns those O(N) numbers into the loss and into what backward reads: for each row and column a shift u, a
 factor f and a target t, the same on every backend. Backward's tile is::
@@ -47,6 +48,7 @@ from vlmfast.ops._dispatch import (
 from vlmfast.ops._pairs import Groups
 
 LOG2E = math.log2(math.e)
+PANEL = 128  # kCols of csrc/gemm.h
 
 STORE_BUDGET_BYTES = 1 << 30
 """With recompute=None the exponentials are kept for backward when their n * N float32 values fit in this many bytes."""
@@ -388,14 +390,45 @@ IMPLS = {
 
 def tile_forward(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row_stats, col_stats, shift and kept from the backend that `choose` names; arguments of `reference_forward`."""
+    impl = choose("info_nce", IMPLS, image)
     with torch.autocast(image.device.type, enabled=False):
-        return choose("info_nce", IMPLS, image).forward(image, *args)
+        row_stats, col_stats, shift, kept = impl.forward(image, *args)
+    return row_stats, col_stats, shift, _in_panels(kept) if _makes_rows(impl, image) else kept
 
 
-def tile_backward(unit: Tensor, image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def tile_backward(
+    unit: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    shift: Tensor,
+    kept: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text and scale; arguments of `reference_backward`."""
+    impl = choose("info_nce", IMPLS, image)
+    if _makes_rows(impl, image):
+        kept = _in_rows(kept)
     with torch.autocast(image.device.type, enabled=False):
-        return choose("info_nce", IMPLS, image).backward(unit, image, *args)
+        return impl.backward(unit, image, text, scale, rows, cols, shift, kept, *args)
+
+
+def _makes_rows(impl: Impl, image: Tensor) -> bool:
+    """Whether a backend keeps row by row what lies in panels between the passes."""
+    return image.device.type == "cpu" and impl is not IMPLS["cpu"]
+
+
+def _in_panels(kept: Tensor) -> Tensor:
+    return torch.cat([panel.reshape(-1) for panel in kept.split(PANEL, 1)]).view_as(kept) if kept.numel() else kept
+
+
+def _in_rows(kept: Tensor) -> Tensor:
+    if not kept.numel():
+        return kept
+    n = kept.shape[0]
+    return torch.cat([panel.view(n, -1) for panel in kept.view(-1).split(n * PANEL)], 1)
 
 
 def _forward(
