@@ -11,6 +11,10 @@
 #include <chrono>
 #include <type_traits>
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
 namespace vlmfast {
 
 std::string cpu_isa() {
@@ -56,6 +60,37 @@ void release_thread() {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   if (has_bf16_products()) at::native::cpublas::brgemm_release(true);
 #endif
+}
+
+namespace {
+
+// Asks the system for large pages under a tensor that is about to be written for the first time. Only for what is held and
+// written again: where a virtual machine has to get the memory first, large pages cost more than small ones, once.
+void advise_huge_pages([[maybe_unused]] const at::Tensor& fresh) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + fresh.nbytes()) / page * page;
+  // Advice: where the system does not take it, small pages serve.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+at::Tensor HeldBuffer::take(at::IntArrayRef sizes) {
+  constexpr size_t most = size_t(1) << 30;  // a larger one is not held between calls
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const size_t bytes = size_t(c10::multiply_integers(sizes)) * sizeof(float);
+  if (last_ && last_.use_count() == 1 && last_.nbytes() == bytes)
+    return at::empty({0}, at::kFloat).set_(last_, 0, sizes);
+  last_ = c10::Storage();
+  auto fresh = at::empty(sizes, at::kFloat);
+  if (bytes <= most) {
+    advise_huge_pages(fresh);
+    last_ = fresh.storage();
+  }
+  return fresh;
 }
 
 void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,

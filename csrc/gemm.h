@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <mutex>
 #include <string>
 
 #include "cpu/product.h"
@@ -54,6 +55,17 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t l
 
 // Whether bfloat16 features are to be multiplied as such: the processor can, or `force_bf16_schedule` was called.
 bool wants_bf16_schedule();
+
+// A float32 tensor that outlives the call. Fresh memory costs as much as a quarter of the whole op in page faults, so that of
+// the last call serves again once nobody else holds it: a training loop needs it in every step.
+class HeldBuffer {
+ public:
+  at::Tensor take(at::IntArrayRef sizes);
+
+ private:
+  std::mutex mutex_;
+  c10::Storage last_;
+};
 
 // Frees what tile products hold on the calling thread; once at the end of each parallel region.
 void release_thread();

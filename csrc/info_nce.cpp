@@ -6,15 +6,10 @@
 
 #include <cmath>
 #include <limits>
-#include <mutex>
 #include <vector>
 
 #include "ops.h"
 #include "tiles.h"
-
-#if __has_include(<sys/mman.h>)
-#include <sys/mman.h>
-#endif
 
 namespace vlmfast {
 namespace {
@@ -79,37 +74,6 @@ struct Sums {
   }
 };
 
-// Asks the system for large pages under a tensor that is about to be written for the first time. Only for what is held and
-// written again: where a virtual machine has to get the memory first, large pages cost more than small ones, once.
-void advise_huge_pages([[maybe_unused]] const at::Tensor& fresh) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 1 << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + fresh.nbytes()) / page * page;
-  // Advice: where the system does not take it, small pages serve.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// (n, m) to keep exponentials in. Fresh memory of this size costs as much as a quarter of the whole loss in page faults, so
-// the buffer of the last call serves again once nobody else holds it: a training loop needs it in every step.
-at::Tensor kept_buffer(int64_t n, int64_t m, const at::TensorOptions& options) {
-  constexpr size_t most = size_t(1) << 30;  // a larger one is not held between calls
-  static std::mutex mutex;
-  static c10::Storage last;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const size_t bytes = size_t(n) * m * sizeof(float);
-  if (last && last.use_count() == 1 && last.nbytes() == bytes)
-    return at::empty({0}, options).set_(last, 0, {n, m}, {m, 1});
-  last = c10::Storage();
-  auto fresh = at::empty({n, m}, options);
-  if (bytes <= most) {
-    advise_huge_pages(fresh);
-    last = fresh.storage();
-  }
-  return fresh;
-}
-
 // Where a tile begins in what is kept: panels of kCols columns one after the other (PANEL of vlmfast/ops/info_nce.py), so
 // that a tile lies in one piece.
 int64_t kept_place(const FeatureTiles& tiles, const Tile& tile) { return tiles.n * tile.col + tile.row * tile.cols; }
@@ -172,7 +136,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
   const FeatureTiles tiles(image, text, true, false, false);
   const Positives positives(label_offset, row_codes, col_codes);
   const float scale2 = base2_scale(scale);
-  auto kept = keep ? kept_buffer(tiles.n, tiles.m, tiles.image.options()) : at::empty({0, 0}, tiles.image.options());
+  static HeldBuffer exponentials;
+  auto kept = keep ? exponentials.take({tiles.n, tiles.m}) : at::empty({0, 0}, tiles.image.options());
   Sums row, col;
   // Unit-norm features have logits in [-s, s]: a shift 70 below the top leaves room for the sums above it.
   float shift = std::rint(std::abs(scale2) - float(70 * kLog2e));

@@ -254,7 +254,8 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
   const int64_t share = ceil_div(patches.rows, splits);
   const int64_t step = 2 * ceil_div(ceil_div(share, ceil_div(share, kGradRows)), 2);
   const auto dtype = c10::CppTypeToScalarType<Product>::value;
-  const auto sums = at::zeros({splits, width, even}, at::kFloat);
+  static HeldBuffer held;
+  const auto sums = held.take({splits, width, even});
   const auto* rows = grad.const_data_ptr<Token>();
   at::parallel_for(0, splits * groups, 1, [&](int64_t begin, int64_t end) {
     const auto block = at::zeros({step, even}, dtype), paired = at::empty({single ? 0 : step, even}, dtype);
@@ -266,6 +267,7 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
       const int64_t col_tiles = ceil_div(width, kCols);
       for (int64_t first = split * share; first < last; first += step) {
         const int64_t count = std::min(step, last - first);
+        const bool accumulate = first > split * share;
         auto* right = block.template mutable_data_ptr<Product>();
         patches.read(first, count, right, even);
         if constexpr (!single) {
@@ -287,12 +289,12 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
               const float* from = as(row(r), cols, left + r * kCols);
               if (from != left + r * kCols) std::copy_n(from, cols, left + r * kCols);
             }
-            transposed_gemm(cols, even, count, left, kCols, right, even, out, even, true);
+            transposed_gemm(cols, even, count, left, kCols, right, even, out, even, accumulate);
           } else {
             transpose_rows(row, count, cols, left, step);
             for (int64_t k = 0; k < even; k += kGradCols)
               tile_gemm(cols, std::min(kGradCols, even - k), count + count % 2, left, step,
-                        paired.template const_data_ptr<Product>() + 2 * k, even, out + k, even, true);
+                        paired.template const_data_ptr<Product>() + 2 * k, even, out + k, even, accumulate);
           }
         }
       }

@@ -40,9 +40,9 @@ class FeatureTiles {
 
  private:
   bool bf16_;
-  at::Tensor panels_;                          // text as right-hand sides of `dot`
-  at::Tensor image_bf16_, text_bf16_;          // the same in bfloat16, text in pairs along D
-  at::Tensor image_row_pairs_, text_row_pairs_;  // right-hand sides of gradients
+  at::Tensor panels_;                            // float32: text as right-hand sides of `dot`
+  at::Tensor image_bf16_, text_bf16_;            // bfloat16: operands of `dot`, text in pairs along D
+  at::Tensor image_row_pairs_, text_row_pairs_;  // bfloat16: right-hand sides of gradients
 
   void add_product(int64_t rows, int64_t inner, const at::BFloat16* values, int64_t stride, const at::Tensor& pairs,
                    int64_t first, float* out, bool accumulate) const;

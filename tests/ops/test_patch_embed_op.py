@@ -49,6 +49,19 @@ def test_gradcheck_of_the_definition() -> None:
     assert torch.autograd.gradcheck(function, (pixels, *(t.detach().double().requires_grad_() for t in given.values())))
 
 
+def test_gradients_of_two_calls_are_apart(backend: str) -> None:
+    """No call writes into what an earlier one returned, whatever memory it works in."""
+    weight = torch.randn(24, 3, 4, 4, requires_grad=True)
+    gradients = []
+    for _ in range(2):
+        tokens = patch_embed(torch.randint(0, 256, (2, 3, 8, 12)).byte(), weight)
+        gradients.append(torch.autograd.grad(tokens, weight, torch.randn_like(tokens))[0])
+        if len(gradients) == 1:
+            first = gradients[0].clone()
+    assert torch.equal(gradients[0], first)
+    assert not torch.equal(gradients[1], first)
+
+
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
 def test_opcheck(backend: str, pixels: torch.dtype) -> None:
     torch.library.opcheck(_forward_op, flat(arguments(pixels)))
