@@ -15,13 +15,13 @@ at::Tensor padded(const at::Tensor& features, int64_t multiple) {
 // As right-hand sides of products over D: whole tiles of kCols rows, (tiles, D / 2, kCols, 2).
 at::Tensor paired_along_dim(const at::Tensor& features) {
   const auto rows = padded(features, kCols);
-  return rows.view({-1, kCols, rows.size(1) / 2, 2}).permute({0, 2, 1, 3}).contiguous();
+  return rows.reshape({-1, kCols, rows.size(1) / 2, 2}).permute({0, 2, 1, 3}).contiguous();
 }
 
 // As right-hand sides of products over rows: (rows / 2, D, 2).
 at::Tensor paired_along_rows(const at::Tensor& features) {
   const auto rows = padded(features, 2);
-  return rows.view({-1, 2, rows.size(1)}).permute({0, 2, 1}).contiguous();
+  return rows.reshape({-1, 2, rows.size(1)}).permute({0, 2, 1}).contiguous();
 }
 
 const cpu::TileKernels& kernels() { return VLMFAST_KERNELS(tile); }

@@ -170,6 +170,8 @@ def test_pixels_reach_the_op_as_they_were_decoded(data: Path, tmp_path: Path, mo
 def test_bad_chunk() -> None:
     with pytest.raises(ValueError, match="cache_chunk must be at least 1; got 0"):
         PretrainingArguments(output_dir="unused", cache_chunk=0, use_cpu=True)
+    with pytest.raises(ValueError, match="fsdp must be unset; got True: FSDP takes no scalar parameters"):
+        PretrainingArguments(output_dir="unused", fsdp=True, use_cpu=True)
 
 
 def test_last_checkpoint_passes_over_half_written_ones(tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ class PretrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.cache_chunk is not None and self.cache_chunk < 1:
             raise ValueError(f"cache_chunk must be at least 1; got {self.cache_chunk}")
+        if self.fsdp:
+            raise ValueError(
+                f"fsdp must be unset; got {self.fsdp!r}: FSDP takes no scalar parameters, and logit_scale is one. Large"
+                " batches fit with cache_chunk; a loop of your own can leave logit_scale out, as the page on large"
+                " batches shows"
+            )
 
 
 class PretrainingTrainer(Trainer):
