@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import contrastive
 import pytest
 import torch
@@ -7,7 +9,7 @@ from contrastive import pairs, unit
 from numerics import loss_and_gradients
 from torch import Tensor
 
-from vlmfast.ops import info_nce
+from vlmfast.ops import info_nce, sigmoid_loss
 from vlmfast.ops._dispatch import core
 from vlmfast.ops.info_nce import reference
 
@@ -44,7 +46,7 @@ def test_memory_of_the_streamed_loss_is_linear(run_python) -> None:
         """
         import torch
         from torch.nn import functional as F
-        from vlmfast.ops import info_nce
+        from vlmfast.ops import info_nce, sigmoid_loss
         def memory(field):  # of this process alone: ru_maxrss starts from the peak of the process that forked it
             lines = open("/proc/self/status").read().splitlines()
             return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
@@ -95,6 +97,31 @@ def test_bfloat16_schedule_rounds_the_gradient_tile(bf16_schedule) -> None:
     plain = torch.autograd.grad(info_nce(image, text, 20.0), image)[0].float()
     assert core.build_info()["bf16_products"] or not torch.equal(forced, plain)
     torch.testing.assert_close(forced, plain, rtol=2e-2, atol=1e-2 * plain.abs().max().item())
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    """PyTorch's deterministic mode fills what `empty` returns."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_memory_is_read_before_it_is_written(bf16_schedule, fresh_memory_is_nan, threads: int, dtype) -> None:
+    image, text = (t.to(dtype).requires_grad_() for t in (unit(131, 33), unit(205, 33)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for loss in (
+            info_nce(image, text, 20.0, recompute=False),
+            info_nce(image, text, 20.0, recompute=True),
+            sigmoid_loss(image, text, 10.0, -10.0),
+        ):
+            assert all(t.isfinite().all() for t in (loss, *torch.autograd.grad(loss, (image, text))))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

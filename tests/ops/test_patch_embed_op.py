@@ -62,6 +62,23 @@ def test_gradients_of_two_calls_are_apart(backend: str) -> None:
     assert not torch.equal(gradients[1], first)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_memory_is_read_before_it_is_written(backend: str, threads: int, dtype: torch.dtype) -> None:
+    """PyTorch's deterministic mode fills what `empty` returns with NaN."""
+    weight, bias = (torch.randn(size).to(dtype).requires_grad_() for size in ((10, 3, 3, 3), (10,)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(True)
+        tokens = patch_embed(torch.randint(0, 256, (11, 3, 9, 15)).byte(), weight, bias)
+        gradients = torch.autograd.grad(tokens, (weight, bias), torch.randn_like(tokens))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(before)
+    assert all(t.isfinite().all() for t in (tokens, *gradients))
+
+
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
 def test_opcheck(backend: str, pixels: torch.dtype) -> None:
     torch.library.opcheck(_forward_op, flat(arguments(pixels)))
