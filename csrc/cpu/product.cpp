@@ -7,21 +7,27 @@ namespace {
 
 // A block of c that fits the registers: 24 sums where there are 32 registers, 12 where there are 16.
 constexpr int kBlockRows = 6;
+// One chain of roundings over all of k is less exact than a good BLAS; in pieces of kChain it is not.
+// kDepth: as much of k at a time that b's columns of a block stay in a cache while a's rows pass by.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kBlockVectors = 4;
+constexpr int64_t kChain = 192, kDepth = 3 * kChain;  // in the second-level cache
+constexpr bool kPacks = false;
 #else
 constexpr int kBlockVectors = 2;
+constexpr int64_t kChain = 256, kDepth = kChain;
+// A narrow block's columns fit the first-level cache, but not where their rows lie far apart and fall into few of its sets:
+// they are copied to one place first, 14 to 20 % faster on Zen 3.
+constexpr bool kPacks = true;
 #endif
-// One chain of roundings over all of k is less exact than a good BLAS; in pieces of this length it is not.
-constexpr int64_t kChain = 192;
-// As much of k at a time that b's columns of a block stay in a second-level cache while a's rows pass by.
-constexpr int64_t kDepth = 3 * kChain;
+// Fewer rows than this do not pay for the copy.
+constexpr int64_t kLeastPacked = 4 * kBlockRows;
 
-// c (kRows, kVectors vectors, of the last one `lanes` lanes) for all of k.
-template <int kRows, int kVectors>
+// c (kRows, kVectors vectors, of the last one `lanes` lanes with kMasked) for all of k.
+template <int kRows, int kVectors, bool kMasked>
 void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
                     int64_t c_row, int64_t lanes, bool accumulate) {
-  const auto lanes_of = [lanes](int v) { return v + 1 < kVectors ? kWidth : lanes; };
+  const auto lanes_of = [lanes](int v) { return kMasked && v + 1 == kVectors ? lanes : kWidth; };
   for (int64_t first = 0; first < k; first += kChain, accumulate = true) {
     const int64_t last = first + kChain < k ? first + kChain : k;
     Vec sums[kRows][kVectors] = {};
@@ -49,15 +55,17 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
   }
 }
 
-// The columns of one block, of all rows.
-template <int kVectors>
+// The columns of one block, of all rows. What `next` points at, k rows of b, is asked for meanwhile.
+template <int kVectors, bool kMasked>
 void multiply_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
-                      float* c, int64_t c_row, int64_t lanes, bool accumulate) {
-  constexpr decltype(&multiply_block<1, kVectors>) blocks[] = {
-      multiply_block<1, kVectors>, multiply_block<2, kVectors>, multiply_block<3, kVectors>,
-      multiply_block<4, kVectors>, multiply_block<5, kVectors>, multiply_block<6, kVectors>};
+                      float* c, int64_t c_row, int64_t lanes, bool accumulate, const float* next, int64_t next_row) {
+  constexpr decltype(&multiply_block<1, kVectors, kMasked>) blocks[] = {
+      multiply_block<1, kVectors, kMasked>, multiply_block<2, kVectors, kMasked>, multiply_block<3, kVectors, kMasked>,
+      multiply_block<4, kVectors, kMasked>, multiply_block<5, kVectors, kMasked>, multiply_block<6, kVectors, kMasked>};
   for (int64_t i = 0; i < m; i += kBlockRows) {
     const int64_t rows = m - i < kBlockRows ? m - i : kBlockRows;
+    if (next)
+      for (int64_t p = k * i / m; p < k * (i + rows) / m; ++p) __builtin_prefetch(next + p * next_row);
     blocks[rows - 1](k, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, lanes, accumulate);
   }
 }
@@ -65,15 +73,24 @@ void multiply_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64
 void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
               float* c, int64_t c_row, bool accumulate) {
   constexpr int64_t wide = kBlockVectors * kWidth;
+  alignas(64) float packed[kPacks ? kDepth * wide : 1];
+  const bool packs = kPacks && m >= kLeastPacked;
   for (int64_t first = 0; first < k; first += kDepth, accumulate = true) {
     const int64_t depth = k - first < kDepth ? k - first : kDepth;
     const float *left = a + first * a_col, *right = b + first * b_row;
     int64_t j = 0;
-    for (; j + wide <= n; j += wide)
-      multiply_columns<kBlockVectors>(m, depth, left, a_row, a_col, right + j, b_row, c + j, c_row, kWidth, accumulate);
+    for (; j + wide <= n; j += wide) {
+      if (packs)
+        for (int64_t p = 0; p < depth; ++p)
+          for (int v = 0; v < kBlockVectors; ++v)
+            store(packed + p * wide + v * kWidth, load(right + p * b_row + j + v * kWidth));
+      const float* next = packs && j + 2 * wide <= n ? right + j + wide : nullptr;
+      multiply_columns<kBlockVectors, false>(m, depth, left, a_row, a_col, packs ? packed : right + j,
+                                             packs ? wide : b_row, c + j, c_row, kWidth, accumulate, next, b_row);
+    }
     for (; j < n; j += kWidth)
-      multiply_columns<1>(m, depth, left, a_row, a_col, right + j, b_row, c + j, c_row, n - j < kWidth ? n - j : kWidth,
-                          accumulate);
+      multiply_columns<1, true>(m, depth, left, a_row, a_col, right + j, b_row, c + j, c_row,
+                                n - j < kWidth ? n - j : kWidth, accumulate, nullptr, 0);
   }
 }
 

@@ -154,8 +154,10 @@ def test_dot(kernels, count: int) -> None:
     assert abs(call(kernels.dot, a, b, count) - exact) < 1e-6 * np.abs(a * b).sum()
 
 
-@pytest.mark.parametrize("k", [1, 2, 191, 193, 577, 1200])
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 15), (3, 64), (4, 33), (5, 129), (6, 16), (7, 80), (13, 71)])
+@pytest.mark.parametrize("k", [1, 2, 191, 193, 257, 577, 1200])
+@pytest.mark.parametrize(
+    ("m", "n"), [(1, 1), (2, 15), (3, 64), (4, 33), (5, 129), (6, 16), (7, 80), (13, 71), (24, 83), (31, 40)]
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_multiply(kernels, m: int, n: int, k: int, transposed: bool) -> None:
     rng = np.random.default_rng(m * n * k)
@@ -168,7 +170,7 @@ def test_multiply(kernels, m: int, n: int, k: int, transposed: bool) -> None:
         c = before.copy()
         call(kernels.multiply, m, n, k, stored, a_row, a_col, b, n + 2, c, n + 5, int(add))
         expected = exact + before[:, :n] if add else exact
-        # Roundings of a chain of 192 products, most of which cancel, and of the sum of chains.
+        # Roundings of a chain of at most 256 products, most of which cancel, and of the sum of chains.
         assert np.all(np.abs(c[:, :n] - expected) <= 2.0**-24 * (min(k, 192) ** 0.5 + 8) * (size + np.abs(expected)))
         assert np.array_equal(c[:, n:], before[:, n:])  # nothing past the end is touched
 
