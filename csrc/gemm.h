@@ -33,7 +33,7 @@ const Kernels& choose_isa(const Kernels& baseline, const Kernels& avx2, const Ke
   return isa == "avx512" ? avx512 : isa == "avx2" ? avx2 : baseline;
 }
 
-// `rows` cut into steps of at most kRows that are as equal as multiples of 6 can be.
+// `rows` cut into steps of at most kRows that are as equal as multiples of 6, the rows of a block of cpu/product.cpp, can be.
 inline int64_t equal_steps(int64_t rows) { return ceil_div(ceil_div(rows, ceil_div(rows, kRows)), 6) * 6; }
 
 // c (m, n) = a (m, k) b (k, n), or += with accumulate; row-major with the given row strides, on the calling thread.
