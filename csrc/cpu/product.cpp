@@ -23,11 +23,11 @@ constexpr bool kPacks = true;
 // Fewer rows than this do not pay for the copy.
 constexpr int64_t kLeastPacked = 4 * kBlockRows;
 
-// c (kRows, kVectors vectors, of the last one `lanes` lanes with kMasked) for all of k.
-template <int kRows, int kVectors, bool kMasked>
+// c (kRows, kVectors vectors, of a single one `lanes` lanes) for all of k.
+template <int kRows, int kVectors>
 void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
                     int64_t c_row, int64_t lanes, bool accumulate) {
-  const auto lanes_of = [lanes](int v) { return kMasked && v + 1 == kVectors ? lanes : kWidth; };
+  const int64_t count = kVectors == 1 ? lanes : kWidth;
   for (int64_t first = 0; first < k; first += kChain, accumulate = true) {
     const int64_t last = first + kChain < k ? first + kChain : k;
     Vec sums[kRows][kVectors] = {};
@@ -37,7 +37,7 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
     for (int64_t p = first; p < last; ++p) {
       Vec right[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) right[v] = load(b + p * b_row + v * kWidth, lanes_of(v), 0.0f);
+      for (int v = 0; v < kVectors; ++v) right[v] = load(b + p * b_row + v * kWidth, count, 0.0f);
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
         const Vec left = splat(a[r * a_row + p * a_col]);
@@ -50,18 +50,18 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         float* to = c + r * c_row + v * kWidth;
-        store(to, lanes_of(v), accumulate ? sums[r][v] + load(to, lanes_of(v), 0.0f) : sums[r][v]);
+        store(to, count, accumulate ? sums[r][v] + load(to, count, 0.0f) : sums[r][v]);
       }
   }
 }
 
 // The columns of one block, of all rows. What `next` points at, k rows of b, is asked for meanwhile.
-template <int kVectors, bool kMasked>
+template <int kVectors>
 void multiply_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
                       float* c, int64_t c_row, int64_t lanes, bool accumulate, const float* next, int64_t next_row) {
-  constexpr decltype(&multiply_block<1, kVectors, kMasked>) blocks[] = {
-      multiply_block<1, kVectors, kMasked>, multiply_block<2, kVectors, kMasked>, multiply_block<3, kVectors, kMasked>,
-      multiply_block<4, kVectors, kMasked>, multiply_block<5, kVectors, kMasked>, multiply_block<6, kVectors, kMasked>};
+  constexpr decltype(&multiply_block<1, kVectors>) blocks[] = {
+      multiply_block<1, kVectors>, multiply_block<2, kVectors>, multiply_block<3, kVectors>,
+      multiply_block<4, kVectors>, multiply_block<5, kVectors>, multiply_block<6, kVectors>};
   for (int64_t i = 0; i < m; i += kBlockRows) {
     const int64_t rows = m - i < kBlockRows ? m - i : kBlockRows;
     if (next)
@@ -85,12 +85,12 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, in
           for (int v = 0; v < kBlockVectors; ++v)
             store(packed + p * wide + v * kWidth, load(right + p * b_row + j + v * kWidth));
       const float* next = packs && j + 2 * wide <= n ? right + j + wide : nullptr;
-      multiply_columns<kBlockVectors, false>(m, depth, left, a_row, a_col, packs ? packed : right + j,
-                                             packs ? wide : b_row, c + j, c_row, kWidth, accumulate, next, b_row);
+      multiply_columns<kBlockVectors>(m, depth, left, a_row, a_col, packs ? packed : right + j, packs ? wide : b_row, c + j,
+                                      c_row, kWidth, accumulate, next, b_row);
     }
     for (; j < n; j += kWidth)
-      multiply_columns<1, true>(m, depth, left, a_row, a_col, right + j, b_row, c + j, c_row,
-                                n - j < kWidth ? n - j : kWidth, accumulate, nullptr, 0);
+      multiply_columns<1>(m, depth, left, a_row, a_col, right + j, b_row, c + j, c_row, n - j < kWidth ? n - j : kWidth,
+                          accumulate, nullptr, 0);
   }
 }
 
