@@ -15,8 +15,7 @@ namespace vlmfast {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The most rows of a tile, and its columns. Of the sizes tried (64 to 256 each way) the fastest: three operands of a product
-// stay in a second-level cache of 1 MB.
+// The most rows of a tile, and its columns: three operands of a product stay in a second-level cache of 1 MB.
 constexpr int64_t kRows = 192, kCols = 128;
 static_assert(kRows <= cpu::kMaxTile && kCols <= cpu::kMaxTile);
 

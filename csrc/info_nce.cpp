@@ -74,9 +74,16 @@ struct Sums {
   }
 };
 
-// Where a tile begins in what is kept: panels of kCols columns one after the other (PANEL of vlmfast/ops/info_nce.py), so
-// that a tile lies in one piece.
-int64_t kept_place(const FeatureTiles& tiles, const Tile& tile) { return tiles.n * tile.col + tile.row * tile.cols; }
+// Where a tile begins in what is kept, and its row stride: panels of kMostCols columns one after the other (PANEL of
+// vlmfast/ops/info_nce.py), so that a tile of as many lies in one piece.
+struct KeptTile {
+  int64_t first, stride;
+  KeptTile(const FeatureTiles& tiles, const Tile& tile) {
+    const int64_t panel = tile.col / kMostCols * kMostCols;
+    stride = std::min(kMostCols, tiles.m - panel);
+    first = tiles.n * panel + tile.row * stride + tile.col - panel;
+  }
+};
 
 void copy_tile(int64_t rows, int64_t cols, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, cols, to + i * to_stride);
@@ -88,29 +95,31 @@ void sweep(const FeatureTiles& tiles, const Positives& positives, float scale, f
   row.reset(tiles.n, online ? -kInfinity : shift);
   col.reset(columns ? tiles.m : 0, online ? -kInfinity : shift);
   const float excluded = online ? std::copysign(kInfinity, -scale) : (shift - 200) / scale;  // its power of two is 0
-  const auto buffers = at::empty({tiles.bands, kRows * kCols}, tiles.image.options());
+  const auto buffers = at::empty({tiles.bands, tiles.tile_rows * tiles.tile_cols}, tiles.image.options());
+  const int64_t stride = tiles.tile_cols;
   for_each_tile(tiles, [&](const Tile& tile) {
-    float* dots = buffers.mutable_data_ptr<float>() + tile.band * kRows * kCols;
-    float* out = kept.numel() ? kept.mutable_data_ptr<float>() + kept_place(tiles, tile) : dots;
-    const int64_t out_stride = kept.numel() ? tile.cols : kCols;
+    float* dots = buffers.mutable_data_ptr<float>() + tile.band * tiles.tile_rows * stride;
+    const KeptTile place(tiles, tile);
+    float* out = kept.numel() ? kept.mutable_data_ptr<float>() + place.first : dots;
+    const int64_t out_stride = kept.numel() ? place.stride : stride;
     tiles.dot(tile, dots);
     if (positives.grouped())
-      VLMFAST_KERNELS(tile).sum_matches(dots, kCols, tile.rows, tile.cols, positives.rows(tile.row),
+      VLMFAST_KERNELS(tile).sum_matches(dots, stride, tile.rows, tile.cols, positives.rows(tile.row),
                                         positives.cols(tile.col), row.positive.data() + tile.row,
                                         columns ? col.positive.data() + tile.col : nullptr);
     else
       positives.for_each_label(tile, [&](int64_t r, int64_t c) {
-        row.positive[tile.row + r] = dots[r * kCols + c];
-        if (columns) col.positive[tile.col + c] = dots[r * kCols + c];
-        dots[r * kCols + c] = excluded;
+        row.positive[tile.row + r] = dots[r * stride + c];
+        if (columns) col.positive[tile.col + c] = dots[r * stride + c];
+        dots[r * stride + c] = excluded;
       });
     double *row_sum = row.sum.data() + tile.row, *col_sum = columns ? col.sum.data() + tile.col : nullptr;
     if (online) {
-      kernels().online_sums(dots, kCols, tile.rows, tile.cols, scale, row.shift.data() + tile.row, row_sum,
+      kernels().online_sums(dots, stride, tile.rows, tile.cols, scale, row.shift.data() + tile.row, row_sum,
                             columns ? col.shift.data() + tile.col : nullptr, col_sum);
-      if (kept.numel()) copy_tile(tile.rows, tile.cols, dots, kCols, out, out_stride);
+      if (kept.numel()) copy_tile(tile.rows, tile.cols, dots, stride, out, out_stride);
     } else {
-      kernels().exp_sums(dots, kCols, tile.rows, tile.cols, scale, shift, row_sum, col_sum, out, out_stride);
+      kernels().exp_sums(dots, stride, tile.rows, tile.cols, scale, shift, row_sum, col_sum, out, out_stride);
     }
   });
   if (online)  // where there are no negatives, any finite shift
@@ -171,25 +180,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
   auto d_text = at::empty({text_grad ? tiles.m : 0, tiles.dim}, tiles.image.options());
   float* d_image_data = image_sum ? d_image.mutable_data_ptr<float>() : nullptr;
   float* d_text_data = text_grad ? d_text.mutable_data_ptr<float>() : nullptr;
-  const auto buffers = at::empty({tiles.bands, 2, kRows * kCols}, tiles.image.options());
+  const auto buffers = at::empty({tiles.bands, 2, tiles.tile_rows * tiles.tile_cols}, tiles.image.options());
+  const int64_t stride = tiles.tile_cols, size = tiles.tile_rows * stride;
   for_each_tile(tiles, [&](const Tile& tile) {
-    float *values = buffers.mutable_data_ptr<float>() + tile.band * 2 * kRows * kCols, *scratch = values + kRows * kCols;
-    const float* source = recompute ? values : kept.const_data_ptr<float>() + kept_place(tiles, tile);
-    const int64_t stride = recompute ? kCols : tile.cols;
+    float *values = buffers.mutable_data_ptr<float>() + tile.band * 2 * size, *scratch = values + size;
+    const KeptTile place(tiles, tile);
+    const float* source = recompute ? values : kept.const_data_ptr<float>() + place.first;
+    const int64_t source_stride = recompute ? stride : place.stride;
     const auto row = row_side.at(tile.row), col = col_side.at(tile.col);
     if (recompute) tiles.dot(tile, values);
     if (online)
-      kernels().gradient_two_shifts(source, stride, tile.rows, tile.cols, scale2, row, col, values, kCols);
+      kernels().gradient_two_shifts(source, source_stride, tile.rows, tile.cols, scale2, row, col, values, stride);
     else if (recompute)
-      kernels().gradient_from_dot(values, kCols, tile.rows, tile.cols, scale2, one_shift, row, col);
+      kernels().gradient_from_dot(values, stride, tile.rows, tile.cols, scale2, one_shift, row, col);
     else
-      kernels().gradient_from_exp(source, stride, tile.rows, tile.cols, row, col, values, kCols);
+      kernels().gradient_from_exp(source, source_stride, tile.rows, tile.cols, row, col, values, stride);
     if (positives.grouped())
-      kernels().subtract_matches(values, kCols, tile.rows, tile.cols, positives.rows(tile.row), positives.cols(tile.col),
+      kernels().subtract_matches(values, stride, tile.rows, tile.cols, positives.rows(tile.row), positives.cols(tile.col),
                                  row, col);
     else
       positives.for_each_label(
-          tile, [&](int64_t r, int64_t c) { values[r * kCols + c] = -(row.target[r] + col.target[c]); });
+          tile, [&](int64_t r, int64_t c) { values[r * stride + c] = -(row.target[r] + col.target[c]); });
     tiles.add_gradients(tile, values, scratch, d_image_data, d_text_data);
   });
 

@@ -36,14 +36,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
   auto d_text = at::empty({text_grad ? tiles.m : 0, tiles.dim}, tiles.image.options());
   float* d_image_data = image_grad ? d_image.mutable_data_ptr<float>() : nullptr;
   float* d_text_data = text_grad ? d_text.mutable_data_ptr<float>() : nullptr;
-  const auto buffers = at::empty({tiles.bands, 2, kRows * kCols}, tiles.image.options());
+  const auto buffers = at::empty({tiles.bands, 2, tiles.tile_rows * tiles.tile_cols}, tiles.image.options());
+  const int64_t stride = tiles.tile_cols, size = tiles.tile_rows * stride;
   std::vector<cpu::SigmoidSums> sums(tiles.bands);
   for_each_tile(tiles, [&](const Tile& tile) {
-    float* values = buffers.mutable_data_ptr<float>() + tile.band * 2 * kRows * kCols;
+    float* values = buffers.mutable_data_ptr<float>() + tile.band * 2 * size;
     tiles.dot(tile, values);
-    kernels.sweep(values, kCols, tile.rows, tile.cols, s, b, row_ids.data() + tile.row, col_ids.data() + tile.col,
+    kernels.sweep(values, stride, tile.rows, tile.cols, s, b, row_ids.data() + tile.row, col_ids.data() + tile.col,
                   sums[tile.band]);
-    tiles.add_gradients(tile, values, values + kRows * kCols, d_image_data, d_text_data);
+    tiles.add_gradients(tile, values, values + size, d_image_data, d_text_data);
   });
 
   cpu::SigmoidSums total;

@@ -48,7 +48,7 @@ from vlmfast.ops._dispatch import (
 from vlmfast.ops._pairs import Groups
 
 LOG2E = math.log2(math.e)
-PANEL = 128  # kCols of csrc/gemm.h
+PANEL = 256  # kMostCols of csrc/tiles.h
 
 STORE_BUDGET_BYTES = 1 << 30
 """With recompute=None the exponentials are kept for backward when their n * N float32 values fit in this many bytes."""
