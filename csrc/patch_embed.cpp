@@ -309,19 +309,18 @@ void add(const at::BFloat16* in, int64_t count, float* out) {
   kernels().add_bf16(reinterpret_cast<const uint16_t*>(in), count, out);
 }
 
-// (prefix + patches, O): grad (B, prefix + taken, O) summed over the batch at the patches that it came from.
+// (prefix + patches, O): grad (B, prefix + taken, O) summed over the batch at the patches that it came from. Each thread has
+// rows of the result and reads the tokens that belong there, whole rows of neighbours where all patches are taken.
 template <class Token>
 at::Tensor token_gradient(const PatchRows& patches, const at::Tensor& grad, int64_t prefix) {
   const int64_t images = grad.size(0), tokens = grad.size(1), width = grad.size(2);
   const auto out = at::zeros({prefix + patches.patches, width}, at::kFloat);
-  const int64_t cols = std::max<int64_t>(64, ceil_div(ceil_div(width, at::get_num_threads()), 64) * 64);
-  at::parallel_for(0, ceil_div(width, cols), 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * cols, count = std::min(width, end * cols) - first;
+  at::parallel_for(0, out.size(0), 8, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < images; ++b)
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t to = t < prefix ? t : prefix + patches.patch(b * patches.taken + t - prefix);
-        add(grad.const_data_ptr<Token>() + (b * tokens + t) * width + first, count,
-            out.mutable_data_ptr<float>() + to * width + first);
+        if (begin <= to && to < end)
+          add(grad.const_data_ptr<Token>() + (b * tokens + t) * width, width, out.mutable_data_ptr<float>() + to * width);
       }
   });
   return out;

@@ -10,7 +10,10 @@ inline Vec widened(const float* p) { return load(p); }
 
 using Bytes = uint8_t __attribute__((vector_size(VLMFAST_SIMD_WIDTH)));
 
-inline Vec widened(Bytes bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec); }
+// By way of 16 bits: GCC 12 takes a vector apart to widen it by more than a factor of 2.
+inline Vec widened(Bytes bytes) {
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, ShortVec), IntVec), Vec);
+}
 
 inline Vec widened(const uint8_t* p) {
   Bytes bytes;
