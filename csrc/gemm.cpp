@@ -78,17 +78,20 @@ void advise_huge_pages([[maybe_unused]] const at::Tensor& fresh) {
 
 }  // namespace
 
-at::Tensor HeldBuffer::take(at::IntArrayRef sizes) {
+at::Tensor HeldBuffers::take(at::IntArrayRef sizes, at::ScalarType dtype, bool large_pages) {
   constexpr size_t most = size_t(1) << 30;  // a larger one is not held between calls
   const std::lock_guard<std::mutex> lock(mutex_);
-  const size_t bytes = size_t(c10::multiply_integers(sizes)) * sizeof(float);
-  if (last_ && last_.use_count() == 1 && last_.nbytes() == bytes)
-    return at::empty({0}, at::kFloat).set_(last_, 0, sizes);
-  last_ = c10::Storage();
-  auto fresh = at::empty(sizes, at::kFloat);
+  const size_t bytes = size_t(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
+  for (const auto& storage : held_)
+    if (storage && storage.use_count() == 1 && storage.nbytes() == bytes)
+      return at::empty({0}, dtype).set_(storage, 0, sizes);
+  auto& place = held_[oldest_];
+  place = c10::Storage();
+  auto fresh = at::empty(sizes, dtype);
   if (bytes <= most) {
-    advise_huge_pages(fresh);
-    last_ = fresh.storage();
+    if (large_pages) advise_huge_pages(fresh);
+    place = fresh.storage();
+    oldest_ = (oldest_ + 1) % held_.size();
   }
   return fresh;
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "cpu/product.h"
 #include "cpu/tile.h"
@@ -55,15 +56,19 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t l
 // Whether bfloat16 features are to be multiplied as such: the processor can, or `force_bf16_schedule` was called.
 bool wants_bf16_schedule();
 
-// A float32 tensor that outlives the call. Fresh memory costs as much as a quarter of the whole op in page faults, so that of
-// the last call serves again once nobody else holds it: a training loop needs it in every step.
-class HeldBuffer {
+// Tensors that outlive the call. Fresh memory costs as much as a quarter of the whole op in page faults, so that of the last
+// `count` calls serves again once nobody else holds it: a training loop needs it in every step.
+class HeldBuffers {
  public:
-  at::Tensor take(at::IntArrayRef sizes);
+  explicit HeldBuffers(size_t count) : held_(count) {}
+
+  // large_pages: asks the system for them; fresh ones cost more than small ones do, so only for what seldom changes its size.
+  at::Tensor take(at::IntArrayRef sizes, at::ScalarType dtype, bool large_pages);
 
  private:
   std::mutex mutex_;
-  c10::Storage last_;
+  std::vector<c10::Storage> held_;
+  size_t oldest_ = 0;
 };
 
 // Frees what tile products hold on the calling thread; once at the end of each parallel region.

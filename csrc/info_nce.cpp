@@ -145,8 +145,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
   const FeatureTiles tiles(image, text, true, false, false);
   const Positives positives(label_offset, row_codes, col_codes);
   const float scale2 = base2_scale(scale);
-  static HeldBuffer exponentials;
-  auto kept = keep ? exponentials.take({tiles.n, tiles.m}) : at::empty({0, 0}, tiles.image.options());
+  static HeldBuffers exponentials(1);
+  auto kept = keep ? exponentials.take({tiles.n, tiles.m}, at::kFloat, true) : at::empty({0, 0}, tiles.image.options());
   Sums row, col;
   // Unit-norm features have logits in [-s, s]: a shift 70 below the top leaves room for the sums above it.
   float shift = std::rint(std::abs(scale2) - float(70 * kLog2e));

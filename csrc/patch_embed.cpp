@@ -16,6 +16,13 @@ namespace {
 
 const cpu::PatchEmbedKernels& kernels() { return VLMFAST_KERNELS(patch_embed); }
 
+// Asks for memory that no processor foresees: pieces of rows far apart.
+void fetch(const void* first, int64_t bytes) {
+  const auto* from = static_cast<const char*>(first);
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+  __builtin_prefetch(from + bytes - 1);
+}
+
 // The taken patches of a batch as rows of a matrix. Entries of a patch are in the order that the pixels have in memory:
 // row, column, channel where channels are interleaved, else channel, row, column.
 class PatchRows {
@@ -107,15 +114,14 @@ class PatchRows {
     return lines ? pixels : pixels.contiguous();
   }
 
-  // The lines of row t's patch on their way into cache: kept patches lie where no processor foresees them.
-  void fetch(int64_t t) const {
+  // The lines of row t's patch, on their way into cache.
+  void fetch_lines(int64_t t) const {
     const int64_t taken_patch = patch(t), element = pixels.element_size();
     const auto* corner = static_cast<const char*>(layout_.pixels) +
                          element * (t / taken * layout_.image_stride +
                                     taken_patch / layout_.grid_cols * layout_.patch_row_stride +
                                     taken_patch % layout_.grid_cols * layout_.patch_col_stride);
-    for (const int64_t offset : line_offset_)
-      for (int64_t byte = 0; byte < element * layout_.run; byte += 32) __builtin_prefetch(corner + element * offset + byte);
+    for (const int64_t offset : line_offset_) fetch(corner + element * offset, element * layout_.run);
   }
 
   template <class F>
@@ -123,7 +129,7 @@ class PatchRows {
     constexpr int64_t ahead = 2;
     const auto with = [&](const auto& read) {
       for (int64_t r = 0; r < count; ++r) {
-        if (keep.defined() && r + ahead < count) fetch(first + r + ahead);
+        if (keep.defined() && r + ahead < count) fetch_lines(first + r + ahead);
         f(read, (first + r) / taken, patch(first + r), r);
       }
     };
@@ -241,6 +247,7 @@ void transpose_rows(const Row& row, int64_t count, int64_t cols, at::BFloat16* o
 
 constexpr int64_t kGradRows = 512;  // patches that are read at a time
 constexpr int64_t kGradCols = 384;  // of their entries, multiplied at a time in bfloat16
+constexpr int64_t kRowsAhead = 16;  // how far ahead rows of gradients are asked for
 constexpr int64_t kMostSplits = 8;  // of the sum over patches, each with a gradient of its own in memory
 
 // (O, entries) = grad's rows transposed times the patches. Threads split the sum over patches; beyond kMostSplits of them
@@ -254,8 +261,8 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
   const int64_t share = ceil_div(patches.rows, splits);
   const int64_t step = 2 * ceil_div(ceil_div(share, ceil_div(share, kGradRows)), 2);
   const auto dtype = c10::CppTypeToScalarType<Product>::value;
-  static HeldBuffer held;
-  const auto sums = held.take({splits, width, even});
+  static HeldBuffers held(1);
+  const auto sums = held.take({splits, width, even}, at::kFloat, false);
   const auto* rows = grad.const_data_ptr<Token>();
   at::parallel_for(0, splits * groups, 1, [&](int64_t begin, int64_t end) {
     const auto block = at::zeros({step, even}, dtype), paired = at::empty({single ? 0 : step, even}, dtype);
@@ -283,15 +290,19 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
             const int64_t image = (first + r) / patches.taken, token = prefix + (first + r) % patches.taken;
             return rows + (image * grad.size(1) + token) * width + j * kCols;
           };
+          const auto fetched = [&](int64_t r) {
+            if (r + kRowsAhead < count) fetch(row(r + kRowsAhead), cols * sizeof(Token));
+            return row(r);
+          };
           float* out = sums.mutable_data_ptr<float>() + (split * width + j * kCols) * even;
           if constexpr (single) {
             for (int64_t r = 0; r < count; ++r) {
-              const float* from = as(row(r), cols, left + r * kCols);
+              const float* from = as(fetched(r), cols, left + r * kCols);
               if (from != left + r * kCols) std::copy_n(from, cols, left + r * kCols);
             }
             transposed_gemm(cols, even, count, left, kCols, right, even, out, even, accumulate);
           } else {
-            transpose_rows(row, count, cols, left, step);
+            transpose_rows(fetched, count, cols, left, step);
             for (int64_t k = 0; k < even; k += kGradCols)
               tile_gemm(cols, std::min(kGradCols, even - k), count + count % 2, left, step,
                         paired.template const_data_ptr<Product>() + 2 * k, even, out + k, even, accumulate);
@@ -319,8 +330,11 @@ at::Tensor token_gradient(const PatchRows& patches, const at::Tensor& grad, int6
     for (int64_t b = 0; b < images; ++b)
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t to = t < prefix ? t : prefix + patches.patch(b * patches.taken + t - prefix);
-        if (begin <= to && to < end)
-          add(grad.const_data_ptr<Token>() + (b * tokens + t) * width, width, out.mutable_data_ptr<float>() + to * width);
+        if (begin <= to && to < end) {
+          const Token* row = grad.const_data_ptr<Token>() + (b * tokens + t) * width;
+          if (t + 4 < tokens) fetch(row + 4 * width, width * sizeof(Token));
+          add(row, width, out.mutable_data_ptr<float>() + to * width);
+        }
       }
   });
   return out;
@@ -335,8 +349,9 @@ at::Tensor patch_embed_forward(const at::Tensor& pixels, const at::Tensor& weigh
   const PatchRows patches(pixels, weight, keep, mean, std, pad);
   const int64_t count = prefix ? prefix->size(0) : 0;
   const bool narrow = token_dtype == at::kBFloat16;
-  const auto tokens =
-      at::empty({pixels.size(0), count + patches.taken, weight.size(0)}, narrow ? at::kBFloat16 : at::kFloat);
+  static HeldBuffers held(2);  // two views of an image, or two sizes in turn
+  const auto tokens = held.take({pixels.size(0), count + patches.taken, weight.size(0)},
+                                narrow ? at::kBFloat16 : at::kFloat, false);
   const auto biases = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
   const auto positions = position ? position->to(at::kFloat).contiguous() : at::Tensor();
   const bool shared = !position || positions.dim() == 2;

@@ -62,6 +62,24 @@ def test_gradients_of_two_calls_are_apart(backend: str) -> None:
     assert not torch.equal(gradients[1], first)
 
 
+def test_tokens_are_the_callers(backend: str) -> None:
+    """Memory of earlier tokens serves again, but not while anything refers to it, nor where other processes may."""
+    weight = torch.randn(24, 3, 4, 4)
+
+    def tokens() -> Tensor:
+        return patch_embed(torch.randint(0, 256, (2, 3, 8, 12)).byte(), weight)
+
+    first, second = tokens(), tokens()
+    array, copy = first.numpy(), first.clone()
+    del first
+    second.share_memory_()
+    del second
+    later = [tokens() for _ in range(4)]
+    assert torch.equal(torch.from_numpy(array), copy)
+    assert not any(t.is_shared() for t in later)
+    assert len({t.data_ptr() for t in later}) == len(later)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_memory_is_read_before_it_is_written(backend: str, threads: int, dtype: torch.dtype) -> None:

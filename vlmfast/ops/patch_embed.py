@@ -121,8 +121,9 @@ def patch_embed(
         TypeError: a dtype is not supported, or bias has not weight's.
         ValueError: shapes, devices or layout disagree, or mean comes without std; the message names the argument.
         RuntimeError: a second derivative is asked for, or the backend named by VLMFAST_BACKEND cannot run.
-    Memory: the tokens; for backward nothing but the pixels as they came. FLOPs: 2*B*K*O*C*p*q, and as many for weight's
-    gradient. Repeatable bit for bit for a given number of threads.
+    Memory: the tokens; for backward nothing but the pixels as they came. On a CPU the memory of the last two calls'
+    tokens, up to 1 GB each, is held for later calls. FLOPs: 2*B*K*O*C*p*q, and as many for weight's gradient.
+    Repeatable bit for bit for a given number of threads.
     Source: Dosovitskiy et al. 2021, equation 1; patch dropout: Li et al. 2023 (FLIP).
     """
     if layout not in LAYOUTS:
