@@ -48,7 +48,8 @@ PYBIND11_MODULE(_C, m) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("build_info", &build_info, "Instruction set in use, and what the extension was built with.");
   m.def("tile_product_gflops", &vlmfast::tile_product_gflops, "For benchmarks: see csrc/ops.h.", release());
-  m.def("force_bf16_schedule", &vlmfast::force_bf16_schedule, "For tests: see csrc/ops.h.");
+  m.def("force_bf16_schedule", &vlmfast::force_bf16_schedule, pybind11::arg("force"), pybind11::arg("brgemm") = false,
+        "For tests: see csrc/ops.h.");
   m.def("info_nce_forward", &vlmfast::info_nce_forward, release());
   m.def("info_nce_backward", &vlmfast::info_nce_backward, release());
   m.def("patch_embed_forward", &vlmfast::patch_embed_forward, release());

@@ -27,17 +27,13 @@ std::string cpu_isa() {
 }
 
 namespace {
-bool bf16_schedule_forced = false;
-}
 
-bool wants_bf16_schedule() { return has_bf16_products() || bf16_schedule_forced; }
+bool bf16_schedule_forced = false, brgemm_forced = false;
 
-bool has_bf16_products() {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
-  // oneDNN also offers brgemm in bfloat16 where it only emulates it, slower than float32. One product of integers proves
-  // the layout of the operands before anything relies on it.
+// Whether oneDNN multiplies bfloat16, in the layout that is relied on here: one product of integers proves it.
+bool has_brgemm() {
   static const bool available = [] {
-    if (cpu_isa() != "avx512" || !__builtin_cpu_supports("avx512bf16")) return false;
     const at::BFloat16 a[8] = {1, 2, 3, 4, 5, 6, 7, 8}, b[8] = {1, 3, 2, 4, 5, 7, 6, 8};  // (2, 4) and (4, 2) in pairs
     float product[4];
     try {
@@ -49,17 +45,56 @@ bool has_bf16_products() {
     return product[0] == 50 && product[1] == 60 && product[2] == 114 && product[3] == 140;
   }();
   return available && at::globalContext().userEnabledMkldnn();
+}
+
+// AMX is oneDNN's: it sets up what AMX needs of the system and of each thread.
+bool uses_brgemm() {
+  static const bool amx = cpu_isa() == "avx512" && __builtin_cpu_supports("amx-bf16");
+  return (amx || brgemm_forced) && has_brgemm();
+}
+
+void brgemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb, float* c,
+            int64_t ldc, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, true);
+}
+
+void release_brgemm() { at::native::cpublas::brgemm_release(true); }
+#else
+bool uses_brgemm() { return false; }
+void brgemm(int64_t, int64_t, int64_t, const at::BFloat16*, int64_t, const at::BFloat16*, int64_t, float*, int64_t, bool) {}
+void release_brgemm() {}
+#endif
+
+// The products of pairs of this processor.
+const cpu::ProductKernels& pair_products() {
+#if defined(__x86_64__)
+  if (has_bf16_products()) return cpu::avx512_bf16::product;
+#endif
+  return VLMFAST_KERNELS(product);
+}
+
+const float* as_pairs(const at::BFloat16* data) { return reinterpret_cast<const float*>(data); }
+
+}  // namespace
+
+bool wants_bf16_schedule() { return has_bf16_products() || bf16_schedule_forced; }
+
+bool has_bf16_products() {
+#if defined(__x86_64__)
+  static const bool available = cpu_isa() == "avx512" && __builtin_cpu_supports("avx512bf16");
+  return available;
 #else
   return false;
 #endif
 }
 
-void force_bf16_schedule(bool force) { bf16_schedule_forced = force; }
+void force_bf16_schedule(bool force, bool brgemm) {
+  bf16_schedule_forced = force;
+  brgemm_forced = brgemm;
+}
 
 void release_thread() {
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  if (has_bf16_products()) at::native::cpublas::brgemm_release(true);
-#endif
+  if (uses_brgemm()) release_brgemm();
 }
 
 namespace {
@@ -98,19 +133,21 @@ at::Tensor HeldBuffers::take(at::IntArrayRef sizes, at::ScalarType dtype, bool l
 
 void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
                float* c, int64_t ldc, bool accumulate) {
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  if (has_bf16_products()) {
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, true);
+  if (uses_brgemm())
+    brgemm(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  else
+    pair_products().multiply_pairs(m, n, k / 2, as_pairs(a), lda / 2, 1, as_pairs(b), ldb, c, ldc, accumulate);
+}
+
+void transposed_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
+                     float* c, int64_t ldc, bool accumulate) {
+  if (!uses_brgemm()) {
+    pair_products().multiply_pairs(m, n, k / 2, as_pairs(a), 1, lda, as_pairs(b), ldb, c, ldc, accumulate);
     return;
   }
-#endif
-  const auto widened_a =
-      at::from_blob(const_cast<at::BFloat16*>(a), {m, k}, {lda, 1}, at::kBFloat16).to(at::kFloat, false, false).contiguous();
-  const auto widened_b = at::from_blob(const_cast<at::BFloat16*>(b), {k / 2, n, 2}, {2 * ldb, 2, 1}, at::kBFloat16)
-                             .to(at::kFloat)
-                             .permute({0, 2, 1})
-                             .contiguous();
-  tile_gemm(m, n, k, widened_a.const_data_ptr<float>(), k, widened_b.const_data_ptr<float>(), n, c, ldc, accumulate);
+  const auto rows = at::empty({m, k}, at::kBFloat16);
+  VLMFAST_KERNELS(tile).transpose(as_pairs(a), lda, k / 2, m, static_cast<float*>(rows.mutable_data_ptr()), k / 2);
+  brgemm(m, n, k, rows.const_data_ptr<at::BFloat16>(), k, b, ldb, c, ldc, accumulate);
 }
 
 namespace {

@@ -48,10 +48,12 @@ inline void transposed_gemm(int64_t m, int64_t n, int64_t k, const float* a, int
   VLMFAST_KERNELS(product).multiply(m, n, k, a, 1, lda, b, ldb, c, ldc, accumulate);
 }
 
-// tile_gemm for bfloat16 operands and a float32 result, with b in pairs of rows: (k / 2, n, 2), k even, 2 * ldb elements from
-// one pair to the next. Where the processor has no bfloat16 products, on widened copies.
+// Both for bfloat16 operands and a float32 result. k is even, and right-hand sides are in pairs of rows: (k / 2, n, 2), 2 * ldb
+// elements from one pair to the next; so is the a that is transposed, (k / 2, m, 2). lda is even.
 void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
                float* c, int64_t ldc, bool accumulate);
+void transposed_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
+                     float* c, int64_t ldc, bool accumulate);
 
 // Whether bfloat16 features are to be multiplied as such: the processor can, or `force_bf16_schedule` was called.
 bool wants_bf16_schedule();

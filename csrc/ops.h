@@ -77,7 +77,7 @@ bool has_bf16_products();
 // GFLOP/s of tile products on operands that stay in cache, on all threads: what the loops of the losses could reach at most.
 double tile_product_gflops(bool bf16);
 
-// Takes the bfloat16 schedule on any processor, its products on widened copies; for tests of the schedule.
-void force_bf16_schedule(bool force);
+// Takes the bfloat16 schedule on any processor and, with brgemm, oneDNN's products, as where there is AMX; for tests.
+void force_bf16_schedule(bool force, bool brgemm);
 
 }  // namespace vlmfast

@@ -228,25 +228,18 @@ const uint16_t* as(const float* row, int64_t count, uint16_t* out) {
   return out;
 }
 
-// out (cols, stride) <- the transpose of `count` rows, row(r) being the first of `cols` entries of one. The rows go in pairs,
-// which seen as one float move together; after an odd number of rows comes a 0.
+// out (count / 2, stride, 2) <- `count` rows in pairs, row(r) being the first of `cols` entries of one; after an odd number of
+// rows comes a 0.
 template <class Row>
-void transpose_rows(const Row& row, int64_t count, int64_t cols, at::BFloat16* out, int64_t stride) {
-  constexpr int64_t strip = 32;
-  float pairs[strip * kCols];
+void pair_rows(const Row& row, int64_t count, int64_t cols, at::BFloat16* out, int64_t stride) {
   uint16_t even[kCols], odd[kCols];
   const uint16_t zeros[kCols] = {};
-  for (int64_t r0 = 0; r0 < count; r0 += 2 * strip) {
-    const int64_t height = std::min(2 * strip, count - r0);
-    for (int64_t r = 0; r < height; r += 2)
-      kernels().interleave(as(row(r0 + r), cols, even), r + 1 < height ? as(row(r0 + r + 1), cols, odd) : zeros, cols,
-                           reinterpret_cast<uint16_t*>(pairs + r / 2 * kCols));
-    VLMFAST_KERNELS(tile).transpose(pairs, kCols, ceil_div(height, 2), cols, reinterpret_cast<float*>(out + r0), stride / 2);
-  }
+  for (int64_t r = 0; r < count; r += 2)
+    kernels().interleave(as(row(r), cols, even), r + 1 < count ? as(row(r + 1), cols, odd) : zeros, cols,
+                         reinterpret_cast<uint16_t*>(out + r * stride));
 }
 
 constexpr int64_t kGradRows = 512;  // patches that are read at a time
-constexpr int64_t kGradCols = 384;  // of their entries, multiplied at a time in bfloat16
 constexpr int64_t kRowsAhead = 16;  // how far ahead rows of gradients are asked for
 constexpr int64_t kMostSplits = 8;  // of the sum over patches, each with a gradient of its own in memory
 
@@ -302,10 +295,9 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
             }
             transposed_gemm(cols, even, count, left, kCols, right, even, out, even, accumulate);
           } else {
-            transpose_rows(fetched, count, cols, left, step);
-            for (int64_t k = 0; k < even; k += kGradCols)
-              tile_gemm(cols, std::min(kGradCols, even - k), count + count % 2, left, step,
-                        paired.template const_data_ptr<Product>() + 2 * k, even, out + k, even, accumulate);
+            pair_rows(fetched, count, cols, left, kCols);
+            transposed_gemm(cols, even, count + count % 2, left, kCols, paired.template const_data_ptr<Product>(), even, out,
+                            even, accumulate);
           }
         }
       }

@@ -6,21 +6,21 @@ namespace vlmfast {
 
 namespace {
 
-// (rows, D) with zeros after them: rows up to a multiple of `multiple`, D up to an even number.
-at::Tensor padded(const at::Tensor& features, int64_t multiple) {
-  const int64_t rows = features.size(0);
-  return at::constant_pad_nd(features, {0, features.size(1) % 2, 0, ceil_div(rows, multiple) * multiple - rows});
+// (rows, D) with zeros after them: rows up to a multiple of `multiple`, D up to an even number where `pairs`.
+at::Tensor padded(const at::Tensor& features, int64_t multiple, bool pairs) {
+  const int64_t rows = features.size(0), more = pairs ? features.size(1) % 2 : 0;
+  return at::constant_pad_nd(features, {0, more, 0, ceil_div(rows, multiple) * multiple - rows});
 }
 
 // As right-hand sides of products over D: whole tiles of `tile` rows, (tiles, D / 2, tile, 2).
 at::Tensor paired_along_dim(const at::Tensor& features, int64_t tile) {
-  const auto rows = padded(features, tile);
+  const auto rows = padded(features, tile, true);
   return rows.reshape({-1, tile, rows.size(1) / 2, 2}).permute({0, 2, 1, 3}).contiguous();
 }
 
 // As right-hand sides of products over rows: (rows / 2, D, 2).
 at::Tensor paired_along_rows(const at::Tensor& features) {
-  const auto rows = padded(features, 2);
+  const auto rows = padded(features, 2, false);
   return rows.reshape({-1, 2, rows.size(1)}).permute({0, 2, 1}).contiguous();
 }
 
@@ -44,10 +44,9 @@ FeatureTiles::FeatureTiles(const at::Tensor& image_, const at::Tensor& text_, bo
   // The columns of the widest band, which the others wait for.
   const auto widest = [&](int64_t cols) { return std::min(m, ceil_div(ceil_div(m, cols), bands) * cols); };
   tile_cols = widest(kMostCols) > widest(kCols) ? kCols : kMostCols;
-  along_rows = bf16_;
   if (bf16_) {
     if (with_dot) {
-      image_bf16_ = padded(image_, 1).contiguous();
+      image_bf16_ = padded(image_, 1, true).contiguous();
       text_bf16_ = paired_along_dim(text_, tile_cols);
     }
     if (image_grad) text_row_pairs_ = paired_along_rows(text_);
@@ -86,33 +85,19 @@ void FeatureTiles::add_gradients(const Tile& tile, const float* values, float* s
     return;
   }
   auto* rounded = reinterpret_cast<at::BFloat16*>(scratch);
-  // Products go over pairs; the second of the last pair may be none, and what stands there must be finite.
   if (d_text) {
-    if (tile.rows % 2) std::fill_n(scratch, tile_rows * tile_cols / 2, 0.0f);
-    kernels().transpose_to_bf16(values, tile_cols, tile.rows, tile.cols, reinterpret_cast<uint16_t*>(rounded), tile_rows);
-    add_product(tile.cols, even(tile.rows), rounded, tile_rows, image_row_pairs_, tile.row, text_rows,
-                !tile.first_of_cols);
+    kernels().pair_rows(values, tile_cols, tile.rows, tile.cols, scratch, tile_cols);
+    transposed_gemm(tile.cols, dim, even(tile.rows), rounded, tile_cols,
+                    image_row_pairs_.const_data_ptr<at::BFloat16>() + tile.row * dim, dim, text_rows, dim,
+                    !tile.first_of_cols);
   }
   if (d_image) {
+    // Products go over pairs; the second of the last pair may be none, and what stands there must be finite.
     if (tile.cols % 2) std::fill_n(scratch, tile_rows * tile_cols / 2, 0.0f);
     kernels().narrow(values, tile_cols, true, tile.rows, tile.cols, reinterpret_cast<uint16_t*>(rounded), tile_cols);
-    add_product(tile.rows, even(tile.cols), rounded, tile_cols, text_row_pairs_, tile.col, image_rows,
-                !tile.first_of_rows);
+    tile_gemm(tile.rows, dim, even(tile.cols), rounded, tile_cols,
+              text_row_pairs_.const_data_ptr<at::BFloat16>() + tile.col * dim, dim, image_rows, dim, !tile.first_of_rows);
   }
-}
-
-// out (rows, D) = values (rows, inner) times the features that `pairs` holds from row `first` on, or += with accumulate.
-void FeatureTiles::add_product(int64_t rows, int64_t inner, const at::BFloat16* values, int64_t stride,
-                               const at::Tensor& pairs, int64_t first, float* out, bool accumulate) const {
-  const auto* features = pairs.const_data_ptr<at::BFloat16>() + first * even(dim);
-  if (dim % 2 == 0) {
-    tile_gemm(rows, dim, inner, values, stride, features, dim, out, dim, accumulate);
-    return;
-  }
-  const auto product = at::empty({rows, even(dim)}, image.options());
-  tile_gemm(rows, even(dim), inner, values, stride, features, even(dim), product.mutable_data_ptr<float>(), even(dim), false);
-  auto sums = at::from_blob(out, {rows, dim}, at::kFloat);
-  accumulate ? sums.add_(product.narrow(1, 0, dim)) : sums.copy_(product.narrow(1, 0, dim));
 }
 
 }  // namespace vlmfast

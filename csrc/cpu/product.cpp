@@ -1,6 +1,6 @@
 #include "product.h"
 
-#include "simd.h"
+#include "simd16.h"
 
 namespace vlmfast::cpu::VLMFAST_ISA {
 namespace {
@@ -28,8 +28,33 @@ constexpr bool kFetches = false;
 // Fewer rows than this do not pay for the copy.
 constexpr int64_t kLeastPacked = 4 * kBlockRows;
 
+// What a and b hold: `spread`, an entry in all lanes; multiply_add, sum + left * right.
+struct Floats {
+  static Vec spread(float entry) { return splat(entry); }
+  static Vec multiply_add(Vec left, Vec right, Vec sum) { return VLMFAST_ISA::multiply_add(left, right, sum); }
+};
+
+// Pairs of bfloat16, each seen as one float, whose products are added: sum + left[0] * right[0] + left[1] * right[1].
+struct Pairs {
+  static Vec spread(float entry) {
+    int32_t bits;
+    std::memcpy(&bits, &entry, sizeof bits);
+    return from_bits(IntVec{} + bits);
+  }
+  static Vec multiply_add(Vec left, Vec right, Vec sum) {
+#if defined(__AVX512BF16__) && VLMFAST_SIMD_WIDTH == 16
+    return Vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(left), __m512bh(right)));
+#else
+    const auto first = [](Vec pairs) { return from_bits(bits_of(pairs) << 16); };
+    const auto second = [](Vec pairs) { return from_bits(bits_of(pairs) & int32_t(0xffff0000)); };
+    sum = VLMFAST_ISA::multiply_add(first(left), first(right), sum);
+    return VLMFAST_ISA::multiply_add(second(left), second(right), sum);
+#endif
+  }
+};
+
 // c (kRows, kVectors vectors, of a single one `lanes` lanes) for all of k. kAhead: asks for as many of a's next rows meanwhile.
-template <int kRows, int kVectors, bool kAhead = false>
+template <class Entries, int kRows, int kVectors, bool kAhead = false>
 void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
                     int64_t c_row, int64_t lanes, bool accumulate) {
   const int64_t count = kVectors == 1 ? lanes : kWidth;
@@ -48,9 +73,9 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
       for (int v = 0; v < kVectors; ++v) right[v] = load(b + p * b_row + v * kWidth, count, 0.0f);
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
-        const Vec left = splat(a[r * a_row + p * a_col]);
+        const Vec left = Entries::spread(a[r * a_row + p * a_col]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(left, right[v], sums[r][v]);
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = Entries::multiply_add(left, right[v], sums[r][v]);
       }
     }
 #pragma GCC unroll 6
@@ -65,22 +90,24 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
 
 // The columns of one block, of all rows. What `next` points at, k rows of b, is asked for meanwhile; with `fetches`, which
 // needs a_col 1, also each next block's rows of a.
-template <int kVectors>
+template <class Entries, int kVectors>
 void multiply_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
                       float* c, int64_t c_row, int64_t lanes, bool accumulate, const float* next, int64_t next_row,
                       bool fetches) {
-  constexpr decltype(&multiply_block<1, kVectors>) blocks[] = {
-      multiply_block<1, kVectors>, multiply_block<2, kVectors>, multiply_block<3, kVectors>,
-      multiply_block<4, kVectors>, multiply_block<5, kVectors>, multiply_block<6, kVectors>};
+  constexpr decltype(&multiply_block<Entries, 1, kVectors>) blocks[] = {
+      multiply_block<Entries, 1, kVectors>, multiply_block<Entries, 2, kVectors>, multiply_block<Entries, 3, kVectors>,
+      multiply_block<Entries, 4, kVectors>, multiply_block<Entries, 5, kVectors>, multiply_block<Entries, 6, kVectors>};
   for (int64_t i = 0; i < m; i += kBlockRows) {
     const int64_t rows = m - i < kBlockRows ? m - i : kBlockRows;
     if (next)
       for (int64_t p = k * i / m; p < k * (i + rows) / m; ++p) __builtin_prefetch(next + p * next_row);
-    const auto block = fetches && i + 2 * kBlockRows <= m ? multiply_block<kBlockRows, kVectors, true> : blocks[rows - 1];
+    const auto block =
+        fetches && i + 2 * kBlockRows <= m ? multiply_block<Entries, kBlockRows, kVectors, true> : blocks[rows - 1];
     block(k, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, lanes, accumulate);
   }
 }
 
+template <class Entries>
 void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
               float* c, int64_t c_row, bool accumulate) {
   constexpr int64_t wide = kBlockVectors * kWidth;
@@ -96,17 +123,18 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, in
           for (int v = 0; v < kBlockVectors; ++v)
             store(packed + p * wide + v * kWidth, load(right + p * b_row + j + v * kWidth));
       const float* next = packs && j + 2 * wide <= n ? right + j + wide : nullptr;
-      multiply_columns<kBlockVectors>(m, depth, left, a_row, a_col, packs ? packed : right + j, packs ? wide : b_row, c + j,
-                                      c_row, kWidth, accumulate, next, b_row, kFetches && a_col == 1 && j == 0);
+      multiply_columns<Entries, kBlockVectors>(m, depth, left, a_row, a_col, packs ? packed : right + j, packs ? wide : b_row,
+                                               c + j, c_row, kWidth, accumulate, next, b_row,
+                                               kFetches && a_col == 1 && j == 0);
     }
     for (; j < n; j += kWidth)
-      multiply_columns<1>(m, depth, left, a_row, a_col, right + j, b_row, c + j, c_row, n - j < kWidth ? n - j : kWidth,
-                          accumulate, nullptr, 0, false);
+      multiply_columns<Entries, 1>(m, depth, left, a_row, a_col, right + j, b_row, c + j, c_row,
+                                   n - j < kWidth ? n - j : kWidth, accumulate, nullptr, 0, false);
   }
 }
 
 }  // namespace
 
-const ProductKernels product = {multiply};
+const ProductKernels product = {multiply<Floats>, multiply<Pairs>};
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

@@ -1,4 +1,4 @@
-// Products of float32 tiles that stay in cache: one function per instruction set.
+// Products of tiles that stay in cache, with float32 sums: one set of functions per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,10 @@ struct ProductKernels {
   // a[i * a_row + p * a_col], so that a may be transposed at no cost; rows of b and c are contiguous, b_row and c_row apart.
   void (*multiply)(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
                    int64_t b_row, float* c, int64_t c_row, bool accumulate);
+
+  // The same where each entry of a and b is a pair of bfloat16, seen as one float: c[i, j] = sum over p of the two products
+  // of a[i, p] and b[p, j].
+  decltype(multiply) multiply_pairs;
 };
 
 namespace baseline {
@@ -19,6 +23,9 @@ namespace avx2 {
 extern const ProductKernels product;
 }
 namespace avx512 {
+extern const ProductKernels product;
+}
+namespace avx512_bf16 {
 extern const ProductKernels product;
 }
 

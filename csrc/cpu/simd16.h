@@ -29,10 +29,17 @@ static inline Vec from_half(ShortVec x) {
   return from_bits(((bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : finite) | sign);
 }
 
-static inline ShortVec to_bf16(Vec x) {
+// bfloat16 in the upper halves, anything in the lower ones.
+static inline IntVec bf16_bits(Vec x) {
   const IntVec bits = bits_of(x);
-  const IntVec rounded = x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
-  return __builtin_convertvector((rounded >> 16) & 0xffff, ShortVec);
+  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+}
+
+static inline ShortVec to_bf16(Vec x) { return __builtin_convertvector((bf16_bits(x) >> 16) & 0xffff, ShortVec); }
+
+// Lane k is the pair of first[k], second[k] as bfloat16.
+static inline Vec bf16_pairs(Vec first, Vec second) {
+  return from_bits(((bf16_bits(first) >> 16) & 0xffff) | (bf16_bits(second) & int32_t(0xffff0000)));
 }
 
 static inline ShortVec to_half(Vec x) {

@@ -56,24 +56,24 @@ inline void transpose_square(Vec* square) {
   if constexpr (half > 1) transpose_square<half / 2>(square);
 }
 
-template <class Out>
-void transpose_into(const float* tile, int64_t stride, int64_t rows, int64_t cols, Out* out, int64_t out_stride) {
+void transpose(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride) {
   for (int64_t i0 = 0; i0 < rows; i0 += kWidth)
     for (int64_t j0 = 0; j0 < cols; j0 += kWidth) {
       const int64_t height = rows - i0 < kWidth ? rows - i0 : kWidth, width = cols - j0 < kWidth ? cols - j0 : kWidth;
       Vec square[kWidth] = {};
       for (int64_t r = 0; r < height; ++r) square[r] = load(tile + (i0 + r) * stride + j0, width, 0.0f);
       transpose_square<kWidth / 2>(square);
-      for (int64_t c = 0; c < width; ++c) put(out + (j0 + c) * out_stride + i0, square[c], height);
+      for (int64_t c = 0; c < width; ++c) store(out + (j0 + c) * out_stride + i0, height, square[c]);
     }
 }
 
-void transpose(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride) {
-  transpose_into(tile, stride, rows, cols, out, out_stride);
-}
-
-void transpose_to_bf16(const float* tile, int64_t stride, int64_t rows, int64_t cols, uint16_t* out, int64_t out_stride) {
-  transpose_into(tile, stride, rows, cols, out, out_stride);
+void pair_rows(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride) {
+  for (int64_t i = 0; i < rows; i += 2) {
+    const float* next = tile + (i + 1) * stride;
+    transform_row(tile + i * stride, cols, out + i / 2 * out_stride, [&](Vec x, int64_t j, int64_t count) {
+      return bf16_pairs(x, i + 1 < rows ? load(next + j, count, 0.0f) : Vec{});
+    });
+  }
 }
 
 void sum_matches(const float* tile, int64_t stride, int64_t rows, int64_t cols, const int32_t* row_ids,
@@ -88,6 +88,6 @@ void sum_matches(const float* tile, int64_t stride, int64_t rows, int64_t cols, 
 
 }  // namespace
 
-const TileKernels tile = {dot, widen, narrow, transpose, transpose_to_bf16, sum_matches};
+const TileKernels tile = {dot, widen, narrow, transpose, pair_rows, sum_matches};
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

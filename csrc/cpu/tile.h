@@ -18,10 +18,10 @@ struct TileKernels {
   void (*narrow)(const float* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, uint16_t* to,
                  int64_t to_stride);
 
-  // out[j, i] <- tile[i, j], and the same rounded to bfloat16.
+  // out[j, i] <- tile[i, j].
   void (*transpose)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);
-  void (*transpose_to_bf16)(const float* tile, int64_t stride, int64_t rows, int64_t cols, uint16_t* out,
-                            int64_t out_stride);
+  // out[i / 2, j], a pair of bfloat16 seen as one float, <- tile[i, j] and tile[i + 1, j], or 0 after the last row.
+  void (*pair_rows)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);
 
   // Where row_ids[i] == col_ids[j]: row_sum[i] += tile[i, j] and, unless it is null, col_sum[j] += tile[i, j].
   void (*sum_matches)(const float* tile, int64_t stride, int64_t rows, int64_t cols, const int32_t* row_ids,

@@ -42,10 +42,12 @@ void sigmoid_sweep(F t, I st, I r, I c, float s, float b, int32_t* ri, int32_t* 
 void sum_matches(F t, I st, I r, I c, int32_t* ri, int32_t* ci, F rs, F cs)
 {{ {isa}::tile.sum_matches(t, st, r, c, ri, ci, rs, cs); }}
 void round_to_bf16(F t, I st, I r, I c, uint16_t* o, I os) {{ {isa}::tile.narrow(t, st, true, r, c, o, os); }}
-void transpose_to_bf16(F t, I st, I r, I c, uint16_t* o, I os) {{ {isa}::tile.transpose_to_bf16(t, st, r, c, o, os); }}
+void pair_rows(F t, I st, I r, I c, F o, I os) {{ {isa}::tile.pair_rows(t, st, r, c, o, os); }}
 void transpose(F t, I st, I r, I c, F o, I os) {{ {isa}::tile.transpose(t, st, r, c, o, os); }}
 void multiply(I m, I n, I k, F a, I ar, I ac, F b, I br, F c, I cr, I add)
 {{ {isa}::product.multiply(m, n, k, a, ar, ac, b, br, c, cr, add); }}
+void multiply_pairs(I m, I n, I k, F a, I ar, I ac, F b, I br, F c, I cr, I add)
+{{ {isa}::product.multiply_pairs(m, n, k, a, ar, ac, b, br, c, cr, add); }}
 double dot(F a, F b, I n) {{ return {isa}::tile.dot(a, b, n); }}
 }}
 """
@@ -175,6 +177,33 @@ def test_multiply(kernels, m: int, n: int, k: int, transposed: bool) -> None:
         assert np.array_equal(c[:, n:], before[:, n:])  # nothing past the end is touched
 
 
+@pytest.mark.parametrize("k", [1, 96, 300, 600])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 65), (6, 16), (13, 71), (24, 83)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_multiply_pairs(kernels, m: int, n: int, k: int, transposed: bool) -> None:
+    rng = np.random.default_rng(m * n * k)
+    # Numbers of 8 bits, as bfloat16 the upper halves of float32.
+    a, b = (rng.integers(-255, 256, (*shape, 2)).astype(np.float32) / 64 for shape in ((m, k), (k, n)))
+    a_pairs, b_pairs = (
+        np.ascontiguousarray(x.view(np.uint32) >> 16).astype(np.uint16).view(np.float32)[..., 0] for x in (a, b)
+    )
+    stored = np.ascontiguousarray(a_pairs.T if transposed else a_pairs)
+    a_row, a_col = (1, m) if transposed else (k, 1)
+    before = rng.standard_normal((m, n + 5)).astype(np.float32)
+    exact = np.einsum("mkp,knp->mn", a.astype(np.float64), b)
+    size = np.einsum("mkp,knp->mn", np.abs(a).astype(np.float64), np.abs(b))
+    for add in (False, True):
+        c = before.copy()
+        call(
+            kernels.multiply_pairs, m, n, k, stored, a_row, a_col, np.ascontiguousarray(b_pairs), n, c, n + 5, int(add)
+        )
+        expected = exact + before[:, :n] if add else exact
+        assert np.all(
+            np.abs(c[:, :n] - expected) <= 2.0**-24 * (min(2 * k, 512) ** 0.5 + 8) * (size + np.abs(expected))
+        )
+        assert np.array_equal(c[:, n:], before[:, n:])
+
+
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_transpose(kernels, rows: int, cols: int) -> None:
     x, out = tile(rows, cols), np.zeros((STRIDE, STRIDE), np.float32)
@@ -244,10 +273,12 @@ def test_bf16(kernels, rows: int, cols: int) -> None:
     x = tile(rows, cols) * np.float32(3.7)
     x[0, 0] = np.nan if rows > 1 else 1 + 2.0**-8  # a tie, which goes to the even neighbour
     expected = torch.from_numpy(x[:, :cols].copy()).bfloat16()
-    rounded, transposed = np.zeros((rows, STRIDE), np.uint16), np.zeros((cols, STRIDE), np.uint16)
+    rounded, paired = np.zeros((rows, STRIDE), np.uint16), np.zeros(((rows + 1) // 2, STRIDE, 2), np.uint16)
     call(kernels.round_to_bf16, x, STRIDE, rows, cols, rounded, STRIDE)
-    call(kernels.transpose_to_bf16, x, STRIDE, rows, cols, transposed, STRIDE)
+    call(kernels.pair_rows, x, STRIDE, rows, cols, paired, STRIDE)
     torch.testing.assert_close(as_bf16(rounded)[:, :cols], expected, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(as_bf16(transposed)[:, :rows], expected.T, rtol=0, atol=0, equal_nan=True)
     assert not rounded[:, cols:].any()
-    assert not transposed[:, rows:].any()
+    assert not paired[:, cols:].any()
+    pairs = as_bf16(paired)[:, :cols].transpose(1, 2).reshape(-1, cols)
+    torch.testing.assert_close(pairs[:rows], expected, rtol=0, atol=0, equal_nan=True)
+    assert not pairs[rows:].any()

@@ -65,10 +65,10 @@ def test_memory_of_the_streamed_loss_is_linear(run_python) -> None:
     assert float(peak) < 250
 
 
-@pytest.fixture
-def bf16_schedule():
-    """The schedule of processors that multiply bfloat16, its products on widened copies where this one does not."""
-    core.force_bf16_schedule(True)
+@pytest.fixture(params=["products of ours", "brgemm"])
+def bf16_schedule(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The schedule of processors that multiply bfloat16: with products of ours, or oneDNN's as where there is AMX."""
+    core.force_bf16_schedule(True, request.param == "brgemm")
     yield
     core.force_bf16_schedule(False)
 
