@@ -166,6 +166,21 @@ def test_keep(backend: str, kept: str, dtype: torch.dtype, per_image: bool) -> N
     check(pixels, {"weight": inputs["weight"]}, dtype, keep=keep)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefix", [1, 2])
+@pytest.mark.parametrize("kept", [False, True])
+def test_positions_in_a_large_batch(backend: str, kept: bool, prefix: int, dtype: torch.dtype) -> None:
+    """Their gradient, a sum over images of which two threads share one."""
+    pixels = images(35, 3, 8, 12)
+    keep = torch.stack([torch.randperm(6)[:5] for _ in range(35)]) if kept else None
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        check(pixels, parameters(pixels, 140, (4, 4), prefix), dtype, keep=keep)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (13, 19), (12, 17), (11, 20), (12, 20)])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("channels_last", [False, True])
