@@ -7,9 +7,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <chrono>
-#include <type_traits>
 
 #if __has_include(<sys/mman.h>)
 #include <sys/mman.h>
@@ -164,11 +162,7 @@ double product_gflops() {
       for (int64_t t = begin; t < end; ++t) {
         const T *left = a.template const_data_ptr<T>() + t * kRows * dim, *right = b.template const_data_ptr<T>() + t * dim * kCols;
         float* out = c.template mutable_data_ptr<float>() + t * kRows * kCols;
-        for (int64_t k = 0; k < count; ++k)
-          if constexpr (std::is_same_v<T, float>)
-            tile_gemm(kRows, kCols, dim, left, dim, right, kCols, out, kCols, false);
-          else
-            tile_gemm(kRows, kCols, dim, left, dim, right, kCols, out, kCols, false);
+        for (int64_t k = 0; k < count; ++k) tile_gemm(kRows, kCols, dim, left, dim, right, kCols, out, kCols, false);
       }
       release_thread();
     });
