@@ -66,7 +66,7 @@ FeatureTiles::FeatureTiles(const at::Tensor& image_, const at::Tensor& text_, bo
 
 void FeatureTiles::dot(const Tile& tile, float* out) const {
   if (bf16_)
-    tile_gemm(tile.rows, tile_cols, even(dim), image_bf16_.const_data_ptr<at::BFloat16>() + tile.row * even(dim), even(dim),
+    tile_gemm(tile.rows, tile.cols, even(dim), image_bf16_.const_data_ptr<at::BFloat16>() + tile.row * even(dim), even(dim),
               text_bf16_.const_data_ptr<at::BFloat16>() + tile.col * even(dim), tile_cols, out, tile_cols, false);
   else
     tile_gemm(tile.rows, tile.cols, dim, image.const_data_ptr<float>() + tile.row * dim, dim,

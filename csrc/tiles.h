@@ -35,7 +35,7 @@ class FeatureTiles {
   int64_t tile_rows, tile_cols;  // a tile's at most; tile_cols is kMostCols, or kCols where that shares columns more equally
   at::Tensor image, text;               // float32, contiguous
 
-  // out (tile.rows, tile.cols), row stride tile_cols; the columns after them may be written too.
+  // out (tile.rows, tile.cols), row stride tile_cols.
   void dot(const Tile& tile, float* out) const;
 
   // d_image (n, D) += the tile's values times text, d_text (m, D) += their transpose times image; = of the first tile of
