@@ -170,9 +170,9 @@ def test_keep(backend: str, kept: str, dtype: torch.dtype, per_image: bool) -> N
 @pytest.mark.parametrize("prefix", [1, 2])
 @pytest.mark.parametrize("kept", [False, True])
 def test_positions_in_a_large_batch(backend: str, kept: bool, prefix: int, dtype: torch.dtype) -> None:
-    """Their gradient, a sum over images of which two threads share one."""
-    pixels = images(35, 3, 8, 12)
-    keep = torch.stack([torch.randperm(6)[:5] for _ in range(35)]) if kept else None
+    """Each of two threads has some of the positions; for the weight's gradient one image is half of each."""
+    pixels = images(35, 3, 16, 12)
+    keep = torch.stack([torch.randperm(12)[:7] for _ in range(35)]) if kept else None
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -63,7 +63,7 @@ def test_gradients_of_two_calls_are_apart(backend: str) -> None:
 
 
 def test_tokens_are_the_callers(backend: str) -> None:
-    """Memory of earlier tokens serves again, but not while anything refers to it, nor where other processes may."""
+    """Memory of earlier tokens may serve again, but not while anything refers to it, nor where other processes may."""
     weight = torch.randn(24, 3, 4, 4)
 
     def tokens() -> Tensor:
