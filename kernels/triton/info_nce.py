@@ -13,7 +13,14 @@ import math
 import torch
 from torch import Tensor
 from vlmfast.kernels import pairs
-from vlmfast.kernels.pairs import CHUNK, GRADIENT_SCALE, dot_tile, match_tile
+from vlmfast.kernels.pairs import (
+    CHUNK,
+    dot_tile,
+    is_edge,
+    match_tile,
+    on_the_diagonal,
+    store_gradient,
+)
 
 import triton
 import triton.language as tl
@@ -35,38 +42,52 @@ def exp_sums_kernel(
     n, m, dim, label_offset, first_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of one tile: row_sums, row_dots (column tiles, chunk rows), col_sums, col_dots (row tiles, m)."""
+    """Partial sums of one tile: row_sums (column tiles, chunk rows), col_sums (row tiles, m); row_dots and col_dots of
+    the same shapes with GROUPS, else (n,) and (m,), written where a row or column has its one positive.
+    """
     scale2, shift = one_shift(scale)
     row_tile, col_tile = tl.program_id(0), tl.program_id(1)
-    local = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = first_row + local
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    dots = dot_tile(x_hi, x_lo, y_hi, y_lo, rows, cols, n, m, dim, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT)
+    row, col = first_row + row_tile * BLOCK_M, col_tile * BLOCK_N
+    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    dots = dot_tile(x_hi, x_lo, y_hi, y_lo, row, col, n, m, dim, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, DESCRIPTORS)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
     if KEEP:
         tl.store(kept + rows[:, None].to(tl.int64) * m + cols[None, :], dots, mask=inside)
-    match = match_tile(rows, cols, n, m, row_codes, col_codes, label_offset, GROUPS) & inside
-    counted = inside if GROUPS else inside & (match == 0)
-    e = tl.where(counted, tl.exp2(dots * scale2 - shift), 0.0)
-    chunk_rows = tl.num_programs(0) * BLOCK_M
-    row_at = col_tile.to(tl.int64) * chunk_rows + local
-    matched = tl.where(match, dots, 0.0)
+    row_at = col_tile.to(tl.int64) * tl.num_programs(0) * BLOCK_M + rows - first_row
+    col_at = row_tile.to(tl.int64) * m + cols
+    if GROUPS:
+        matched = tl.where(inside & match_tile(rows, cols, n, m, row_codes, col_codes, label_offset, GROUPS), dots, 0.0)
+        tl.store(row_dots + row_at, tl.sum(matched, 1))
+        if COLUMNS:
+            tl.store(col_dots + col_at, tl.sum(matched, 0), mask=cols < m)
+        logits = tl.where(inside, dots * scale2 - shift, float("-inf"))
+    elif on_the_diagonal(row, col, label_offset, BLOCK_M, BLOCK_N) | is_edge(row, col, n, m, BLOCK_M, BLOCK_N):
+        positive = rows + label_offset
+        match = positive[:, None] == cols[None, :]
+        here = (rows < n) & (positive >= col) & (positive < tl.minimum(col + BLOCK_N, m))
+        dot = tl.sum(tl.where(match, dots, 0.0), 1)
+        tl.store(row_dots + rows, dot, mask=here)
+        if COLUMNS:
+            tl.store(col_dots + positive, dot, mask=here)
+        logits = tl.where(inside & (match == 0), dots * scale2 - shift, float("-inf"))
+    else:
+        logits = dots * scale2 - shift
+    e = tl.exp2(logits)
     tl.store(row_sums + row_at, tl.sum(e, 1))
-    tl.store(row_dots + row_at, tl.sum(matched, 1))
     if COLUMNS:
-        col_at = row_tile.to(tl.int64) * m + cols
         tl.store(col_sums + col_at, tl.sum(e, 0), mask=cols < m)
-        tl.store(col_dots + col_at, tl.sum(matched, 0), mask=cols < m)
 
 
 @triton.jit
 def online_kernel(
-    x_hi, x_lo, y_hi, y_lo, scale, row_codes, col_codes, stats, n, m, dim, label_offset,
+    x_hi, x_lo, y_hi, y_lo, scale, row_codes, col_codes, stats, stride, n, m, dim, label_offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Shift and sum, in stats (3, count), of the rows (or columns) whose sum is out of range, by a running maximum.
+    """The shift of each row (or column) into stats (3, count); where its sum is out of range, a running maximum,
+    and the sum again by it.
 
     The tiles are those of the other kernels: another order of the products would round dots differently, and
     probabilities of large logits would not agree with their sums.
@@ -75,20 +96,19 @@ def online_kernel(
     BLOCK: tl.constexpr = BLOCK_N if COLUMNS else BLOCK_M
     BLOCK_ACROSS: tl.constexpr = BLOCK_M if COLUMNS else BLOCK_N
     AXIS: tl.constexpr = 0 if COLUMNS else 1
-    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(stats + count + own, mask=own < count, other=1.0)
+    first = tl.program_id(0) * BLOCK
+    own = first + tl.arange(0, BLOCK)
+    scale2, shift = one_shift(scale)
+    total = tl.load(stats + stride + own, mask=own < count, other=1.0)
     flagged = ((total >= 1.2924697071141057e-26) & (total <= 8.507059173023462e37)) == 0  # [2^-86, 2^126]
+    tl.store(stats + own, tl.zeros((BLOCK,), tl.float32) + shift, mask=(flagged == 0) & (own < count))
     if tl.max(flagged.to(tl.int32), 0) > 0:
-        scale2, _ = one_shift(scale)
         top = tl.full((BLOCK,), float("-inf"), tl.float32)
         running = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, others, BLOCK_ACROSS):
-            across = start + tl.arange(0, BLOCK_ACROSS)
-            if COLUMNS:
-                rows, cols = across, own
-            else:
-                rows, cols = own, across
-            dots = dot_tile(x_hi, x_lo, y_hi, y_lo, rows, cols, n, m, dim, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT)
+            row, col = (start, first) if COLUMNS else (first, start)
+            rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+            dots = dot_tile(x_hi, x_lo, y_hi, y_lo, row, col, n, m, dim, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, DESCRIPTORS)
             counted = (rows < n)[:, None] & (cols < m)[None, :]
             if not GROUPS:
                 counted &= match_tile(rows, cols, n, m, row_codes, col_codes, label_offset, GROUPS) == 0
@@ -100,7 +120,15 @@ def online_kernel(
             top = higher
         keep = flagged & (own < count)
         tl.store(stats + own, tl.where(top == float("-inf"), 0.0, top), mask=keep)
-        tl.store(stats + count + own, running, mask=keep)
+        tl.store(stats + stride + own, running, mask=keep)
+
+
+@triton.jit
+def one_way(logits, own, side, count):
+    """The softmax of rows, (rows, 1), or of columns, (1, cols), by the shifts and factors in side (3, count)."""
+    shift = tl.load(side + own, mask=own < count, other=0.0)
+    factor = tl.load(side + count + own, mask=own < count, other=0.0)
+    return tl.exp2(logits - tl.where(factor == 0.0, float("inf"), shift)) * factor
 
 
 @triton.jit
@@ -108,43 +136,42 @@ def gradient_kernel(
     x_hi, x_lo, y_hi, y_lo, scale, rows_side, cols_side, shift, kept, row_codes, col_codes, out,
     n, m, dim, label_offset, first_row, first_col, chunk_cols,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
+    SPLIT: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of G, times GRADIENT_SCALE where `out` (chunk rows, chunk_cols) is float16; 0 outside of n and m."""
+    """One tile of G, 0 outside of n and m, into out (planes, chunk rows, chunk_cols) as `store_gradient` does."""
     scale2, _ = one_shift(scale)
     local_rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     local_cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, col = first_row + tl.program_id(0) * BLOCK_M, first_col + tl.program_id(1) * BLOCK_N
     rows, cols = first_row + local_rows, first_col + local_cols
     inside = (rows < n)[:, None] & (cols < m)[None, :]
     if KEPT:
         dots = tl.load(kept + rows[:, None].to(tl.int64) * m + cols[None, :], mask=inside, other=0.0)
     else:
-        dots = dot_tile(x_hi, x_lo, y_hi, y_lo, rows, cols, n, m, dim, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT)
-    row_shift = tl.load(rows_side + rows, mask=rows < n, other=0.0)
-    row_factor = tl.load(rows_side + n + rows, mask=rows < n, other=0.0)
-    row_target = tl.load(rows_side + 2 * n + rows, mask=rows < n, other=0.0)
-    col_shift = tl.load(cols_side + cols, mask=cols < m, other=0.0)
-    col_factor = tl.load(cols_side + m + cols, mask=cols < m, other=0.0)
-    col_target = tl.load(cols_side + 2 * m + cols, mask=cols < m, other=0.0)
+        dots = dot_tile(x_hi, x_lo, y_hi, y_lo, row, col, n, m, dim, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, DESCRIPTORS)
     common = tl.load(shift)
     if common < float("inf"):
+        row_factor = tl.load(rows_side + n + rows, mask=rows < n, other=0.0)
+        col_factor = tl.load(cols_side + m + cols, mask=cols < m, other=0.0)
         e = dots if KEPT else tl.exp2(dots * scale2 - common)  # what is kept then is the exponential
         g = e * (row_factor[:, None] + col_factor[None, :])
     else:
         logits = dots * scale2
-        g = tl.where(row_factor[:, None] == 0.0, 0.0, tl.exp2(logits - row_shift[:, None]) * row_factor[:, None])
-        g += tl.where(col_factor[None, :] == 0.0, 0.0, tl.exp2(logits - col_shift[None, :]) * col_factor[None, :])
-    match = match_tile(rows, cols, n, m, row_codes, col_codes, label_offset, GROUPS)
-    target = row_target[:, None] + col_target[None, :]
-    if GROUPS:
-        g -= tl.where(match, target, 0.0)
-    else:
-        g = tl.where(match, -target, g)
-    g = tl.where(inside, g, 0.0)
-    if out.dtype.element_ty == tl.float16:
-        g *= GRADIENT_SCALE
-    at = local_rows[:, None].to(tl.int64) * chunk_cols + local_cols[None, :]
-    tl.store(out + at, g.to(out.dtype.element_ty))
+        g = one_way(logits, tl.expand_dims(rows, 1), rows_side, n) + one_way(
+            logits, tl.expand_dims(cols, 0), cols_side, m
+        )
+    if GROUPS | on_the_diagonal(row, col, label_offset, BLOCK_M, BLOCK_N):
+        match = match_tile(rows, cols, n, m, row_codes, col_codes, label_offset, GROUPS)
+        row_target = tl.load(rows_side + 2 * n + rows, mask=rows < n, other=0.0)
+        col_target = tl.load(cols_side + 2 * m + cols, mask=cols < m, other=0.0)
+        if not GROUPS:
+            g = tl.where(match, 0.0, g)
+        g -= tl.where(match, row_target[:, None], 0.0)
+        g -= tl.where(match, col_target[None, :], 0.0)
+    if is_edge(row, col, n, m, BLOCK_M, BLOCK_N):
+        g = tl.where(inside, g, 0.0)
+    plane = tl.num_programs(0).to(tl.int64) * BLOCK_M * chunk_cols
+    store_gradient(out, local_rows[:, None].to(tl.int64) * chunk_cols + local_cols[None, :], plane, g, SPLIT)
 
 
 def forward(
@@ -159,41 +186,40 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row_stats (3, n), col_stats (3, m) or (3, 0), shift (), kept, which is dot (and shift infinite) if asked for."""
     split = pairs.wants_float32(image)
-    config = pairs.config(image, split)
-    x, y = pairs.operands(image, split), pairs.operands(text, split)
+    config = pairs.config(image, split, row_codes is not None)
+    features = pairs.operands(image, split), pairs.operands(text, split)
+    x, y = pairs.tiles_of(features[0], config.block_m, config), pairs.tiles_of(features[1], config.block_n, config)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
     groups = row_codes is not None
+    codes = _or(row_codes, scale), _or(col_codes, scale)
     kept = image.new_empty((n, m) if keep else (0, 0), dtype=torch.float32)
-    row_stats = image.new_empty((3, n), dtype=torch.float32)
-    col_stats = image.new_zeros((3, m if columns else 0), dtype=torch.float32)
+    stats = image.new_zeros((3, n + m if columns else n), dtype=torch.float32)
+    row_stats, col_stats = stats[:, :n], stats[:, n:]
     col_tiles = triton.cdiv(m, config.block_n)
+    partials = 2 if groups else 1  # the sums, and those of the positives' dots where there may be several
     with _device_of(image):
         for first in range(0, n, CHUNK):
-            row_tiles = triton.cdiv(min(CHUNK, n - first), config.block_m)
-            partial_rows = image.new_empty((2, col_tiles, row_tiles * config.block_m), dtype=torch.float32)
-            partial_cols = image.new_empty((2, row_tiles, m if columns else 0), dtype=torch.float32)
+            height = min(CHUNK, n - first)
+            row_tiles = triton.cdiv(height, config.block_m)
+            partial_rows = image.new_empty((partials, col_tiles, row_tiles * config.block_m), dtype=torch.float32)
+            partial_cols = image.new_empty((partials, row_tiles, m if columns else 0), dtype=torch.float32)
+            row_dots, col_dots = (partial_rows[1], partial_cols[1]) if groups else (row_stats[2], col_stats[2])
             exp_sums_kernel[(row_tiles, col_tiles)](
-                *x, *y, scale, _or(row_codes, scale), _or(col_codes, scale), kept, partial_rows[0], partial_cols[0],
-                partial_rows[1], partial_cols[1], n, m, dim, label_offset, first,
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT=split, GROUPS=groups,
-                COLUMNS=columns, KEEP=keep, num_warps=config.num_warps, num_stages=config.num_stages,
+                *x, *y, scale, *codes, kept, partial_rows, partial_cols, row_dots, col_dots,
+                n, m, dim, label_offset, first,
+                SPLIT=split, GROUPS=groups, COLUMNS=columns, KEEP=keep, **config.options,
             )  # fmt: skip
-            row_stats[1:, first : first + CHUNK] = partial_rows.sum(1)[:, : n - first]
+            row_stats[1 : 1 + partials, first : first + height] = partial_rows.sum(1)[:, :height]
             if columns:
-                col_stats[1:] += partial_cols.sum(1)
-        shift = torch.round((scale.float() * LOG2E.value).abs() - SHIFT_BELOW_TOP.value)
-        in_range = torch.ones((), dtype=torch.bool, device=image.device)
-        for stats, count, block in ((row_stats, n, config.block_m), (col_stats, col_stats.shape[1], config.block_n)):
+                col_stats[1 : 1 + partials] += partial_cols.sum(1)
+        for side, count, block in ((row_stats, n, config.block_m), (col_stats, col_stats.shape[1], config.block_n)):
             if count:
-                stats[0] = shift
-                in_range &= ((stats[1] >= 2.0**-86) & (stats[1] <= 2.0**126)).all()
                 online_kernel[(triton.cdiv(count, block),)](
-                    *x, *y, scale, _or(row_codes, scale), _or(col_codes, scale), stats, n, m, dim, label_offset,
-                    BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT=split,
-                    GROUPS=groups, COLUMNS=stats is col_stats, num_warps=config.num_warps,
-                    num_stages=config.num_stages,
+                    *x, *y, scale, *codes, side, stats.shape[1], n, m, dim, label_offset,
+                    SPLIT=split, GROUPS=groups, COLUMNS=side is col_stats, **config.options,
                 )  # fmt: skip
-    shift = torch.where(in_range, shift, math.inf)
+    lowest, highest = stats[0].aminmax()
+    shift = torch.where(lowest == highest, lowest, math.inf)
     return row_stats, col_stats, torch.full_like(shift, math.inf) if keep else shift, kept
 
 
@@ -214,16 +240,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text (empty where not wanted) and scale."""
     split = pairs.wants_float32(image)
-    config = pairs.config(image, split)
-    x, y = pairs.operands(image, split), pairs.operands(text, split)
+    config = pairs.config(image, split, row_codes is not None)
+    features = pairs.operands(image, split), pairs.operands(text, split)
+    x, y = pairs.tiles_of(features[0], config.block_m, config), pairs.tiles_of(features[1], config.block_n, config)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
     # The scale's gradient is read off a feature gradient, so one of the two is always accumulated.
     image_sum = image_grad or not text_grad
     d_image = image.new_zeros((n if image_sum else 0, dim), dtype=torch.float32)
     d_text = image.new_zeros((m if text_grad else 0, dim), dtype=torch.float32)
-    # Right-hand sides of the gradients' products, in the gradient chunk's dtype.
-    x_right, y_right = (image.float(), text.float()) if split else (x.hi, y.hi)
-    dtype = torch.float32 if split else torch.float16
     rows, cols = rows.contiguous(), cols.contiguous()
     with _device_of(image):
         for first_row in range(0, n, CHUNK):
@@ -232,26 +256,20 @@ def backward(
             for first_col in range(0, m, CHUNK):
                 width = min(CHUNK, m - first_col)
                 col_tiles = triton.cdiv(width, config.block_n)
-                chunk = image.new_empty((row_tiles * config.block_m, col_tiles * config.block_n), dtype=dtype)
+                chunk = pairs.gradient_chunk(image, row_tiles * config.block_m, col_tiles * config.block_n, split)
                 gradient_kernel[(row_tiles, col_tiles)](
                     *x, *y, scale, rows, cols, shift, kept, _or(row_codes, scale), _or(col_codes, scale), chunk,
-                    n, m, dim, label_offset, first_row, first_col, chunk.shape[1],
-                    BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT=split,
-                    GROUPS=row_codes is not None, KEPT=kept.numel() > 0, num_warps=config.num_warps,
-                    num_stages=config.num_stages,
+                    n, m, dim, label_offset, first_row, first_col, chunk.shape[2],
+                    SPLIT=split, GROUPS=row_codes is not None, KEPT=kept.numel() > 0, **config.options,
                 )  # fmt: skip
                 pairs.accumulate(
-                    chunk[:height, :width], x_right, y_right, first_row, first_col,
+                    chunk[:, :height, :width], *features, first_row, first_col,
                     d_image if image_sum else None, d_text if text_grad else None,
                 )  # fmt: skip
-    scaled = unit.float() / (1.0 if split else GRADIENT_SCALE.value)
-    d, features = (d_image, image) if image_sum else (d_text, text)
-    factor = scaled * scale.float()
-    return (
-        (d_image * factor).to(image.dtype) if image_grad else image.new_empty(0),
-        (d_text * factor).to(text.dtype) if text_grad else text.new_empty(0),
-        ((d * features.float()).sum() * scaled).to(scale.dtype),
-    )
+        dx, d_scale = pairs.finish(d_image, image, unit, scale, image_grad, True) if image_sum else (d_image, None)
+        dy, dot = pairs.finish(d_text, text, unit, scale, text_grad, not image_sum) if text_grad else (d_text, None)
+    d_scale = dot if d_scale is None else d_scale
+    return dx, dy, d_scale.to(scale.dtype)
 
 
 def _or(tensor: Tensor | None, otherwise: Tensor) -> Tensor:

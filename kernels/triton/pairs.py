@@ -8,39 +8,53 @@ accuracy.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vlmfast.kernels.products import allows_tf32, capability
+from torch.nn import functional as F
+from vlmfast.kernels.products import allows_tf32, capability, rounded
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOW_SCALE = 2048.0
-CHUNK = 4096
-"""Rows and columns of the square of logits whose gradient is in memory at a time: 33 MB of float16, as an L2 cache."""
+LOW_SCALE = tl.constexpr(2048.0)
+CHUNK = 8192
+"""Rows and columns of the square of logits whose gradient is in memory at a time: 134 MB of float16."""
 
 GRADIENT_SCALE = tl.constexpr(2.0**14)
 """Gradient tiles have entries of at most 1 and are stored times this, away from float16's subnormals."""
 
 
 class Config(NamedTuple):
-    """Tile sizes and launch options of the kernels that multiply tiles."""
+    """Tile sizes and launch options of the kernels that multiply tiles; `descriptors`: operands come by TMA."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a kernel of the losses is launched with."""
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
+            "DESCRIPTORS": self.descriptors, "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
 
 
 @functools.cache
-def config_for(capability: int, split: bool, max_block_n: int = 128) -> Config:
+def config_for(capability: int, split: bool, groups: bool, max_block_n: int = 128) -> Config:
     """A fixed choice by compute capability (major * 10 + minor); nothing is tuned at run time, so results repeat.
 
-    Chosen such that no kernel spills registers (tests/kernels/resources.json); their speed was not measured yet.
+    Such that no kernel spills registers (tests/kernels/resources.json); measured on 90 alone.
     """
+    if capability == 90 and not split:
+        # Two programs of four warps share a multiprocessor; an epilogue with more to hold gets smaller tiles.
+        return Config(128, 64, 64, 8, 3, True) if groups or max_block_n < 128 else Config(128, 128, 64, 4, 3, True)
     narrow = split or capability == 100  # two accumulators; or an epilogue that reads its tile from tensor memory
     return Config(
         block_m=128,
@@ -48,11 +62,12 @@ def config_for(capability: int, split: bool, max_block_n: int = 128) -> Config:
         block_k=64 if capability in (90, 100) and not split else 32,
         num_warps=8,
         num_stages=2 if split and capability == 120 else 3,
+        descriptors=capability == 90,
     )
 
 
-def config(tensor: Tensor, split: bool, max_block_n: int = 128) -> Config:
-    return config_for(capability(tensor), split, max_block_n)
+def config(tensor: Tensor, split: bool, groups: bool, max_block_n: int = 128) -> Config:
+    return config_for(capability(tensor), split, groups, max_block_n)
 
 
 def wants_float32(features: Tensor) -> bool:
@@ -67,44 +82,55 @@ class Operands(NamedTuple):
     lo: Tensor
 
 
+def tiles_of(features: Operands, rows: int, config: Config) -> tuple[Any, Any]:
+    """hi and lo as the kernels take them: descriptors of tiles of so many rows, or what these replace.
+
+    The hardware wants rows and the first one to begin at multiples of 16 bytes; zeros fill them up.
+    """
+    if not config.descriptors:
+        return features
+    padded = [F.pad(t, (0, -t.shape[1] % 8)) if t.shape[1] % 8 or t.data_ptr() % 16 else t for t in features]
+    hi, lo = (TensorDescriptor.from_tensor(t, [rows, config.block_k]) for t in padded)
+    return hi, lo
+
+
 def operands(features: Tensor, split: bool) -> Operands:
     features = features.contiguous()
     hi = features.to(torch.float16)
-    lo = ((features.float() - hi.float()) * LOW_SCALE).to(torch.float16) if split else hi
+    lo = ((features.float() - hi.float()) * LOW_SCALE.value).to(torch.float16) if split else hi
     return Operands(hi, lo)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32: by the library's float16 product with float32 sums, or its float32 product."""
-    if a.dtype == torch.float16:
-        if a.device.type == "cuda":
-            return torch.mm(a, b, out_dtype=torch.float32)
-        a, b = a.float(), b.float()
-    return a @ b
+@triton.jit
+def operand_tile(features, start, k, count, dim, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Rows from `start` on, entries from `k` on, of features (count, dim); 0 beyond them."""
+    if DESCRIPTORS:
+        tile = features.load([start, k])
+    else:
+        rows, entries = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        inside = (rows < count - start) & (entries < dim - k)
+        first = (start + tl.zeros((), tl.int64)) * dim + k
+        tile = tl.load(features + first + (rows * dim + entries), mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit
 def dot_tile(
-    x_hi, x_lo, y_hi, y_lo, rows, cols, n, m, dim, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
+    x_hi, x_lo, y_hi, y_lo, row, col, n, m, dim, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) float32 dot products of the given rows of x (n, dim) and of y (m, dim), 0 beyond them."""
-    k = tl.arange(0, BLOCK_K)
-    x_at = rows[:, None].to(tl.int64) * dim + k[None, :]
-    y_at = cols[None, :].to(tl.int64) * dim + k[:, None]
+    """(BLOCK_M, BLOCK_N) float32 dot products of x (n, dim) from `row` on and y (m, dim) from `col` on, else 0."""
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     cross = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, dim, BLOCK_K):
-        x_mask = (rows < n)[:, None] & (k < dim - start)[None, :]
-        y_mask = (cols < m)[None, :] & (k < dim - start)[:, None]
-        x = tl.load(x_hi + x_at + start, mask=x_mask, other=0.0)
-        y = tl.load(y_hi + y_at + start, mask=y_mask, other=0.0)
-        total = tl.dot(x, y, total)
+    for k in range(0, dim, BLOCK_K):
+        x = operand_tile(x_hi, row, k, n, dim, BLOCK_M, BLOCK_K, DESCRIPTORS)
+        y = operand_tile(y_hi, col, k, m, dim, BLOCK_N, BLOCK_K, DESCRIPTORS)
+        total = tl.dot(x, y.T, total)
         if SPLIT:
-            cross = tl.dot(x, tl.load(y_lo + y_at + start, mask=y_mask, other=0.0), cross)
-            cross = tl.dot(tl.load(x_lo + x_at + start, mask=x_mask, other=0.0), y, cross)
+            cross = tl.dot(x, operand_tile(y_lo, col, k, m, dim, BLOCK_N, BLOCK_K, DESCRIPTORS).T, cross)
+            cross = tl.dot(operand_tile(x_lo, row, k, n, dim, BLOCK_M, BLOCK_K, DESCRIPTORS), y.T, cross)
     if SPLIT:
-        total += cross * (1.0 / 2048.0)
+        total += cross * (1.0 / LOW_SCALE)
     return total
 
 
@@ -118,19 +144,95 @@ def match_tile(rows, cols, n, m, row_codes, col_codes, label_offset, GROUPS: tl.
     return rows[:, None] + label_offset == cols[None, :]
 
 
+@triton.jit
+def on_the_diagonal(row, col, label_offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether the tile that begins at row and col has an entry in column row + label_offset of a row."""
+    first = row + label_offset
+    return (first < col + BLOCK_N) & (col < first + BLOCK_M)
+
+
+@triton.jit
+def is_edge(row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether the tile that begins at row and col reaches beyond the last row or column."""
+    return (row + BLOCK_M > n) | (col + BLOCK_N > m)
+
+
+@triton.jit
+def store_gradient(out, at, plane, g, SPLIT: tl.constexpr):
+    """G times GRADIENT_SCALE as float16; with SPLIT the rounded rest, times LOW_SCALE, `plane` entries further on."""
+    g *= GRADIENT_SCALE
+    hi = g.to(tl.float16)
+    tl.store(out + at, hi)
+    if SPLIT:
+        tl.store(out + plane + at, ((g - hi.to(tl.float32)) * LOW_SCALE).to(tl.float16))
+
+
+@triton.jit
+def finish_kernel(
+    total, features, unit, scale, out, partial, count, BLOCK: tl.constexpr, STORE: tl.constexpr, DOT: tl.constexpr
+):
+    """out = total * unit * scale / GRADIENT_SCALE, and the sum of total * features over each program's entries."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.load(total + at, mask=at < count, other=0.0) * (1.0 / GRADIENT_SCALE)
+    if STORE:
+        factor = tl.load(unit).to(tl.float32) * tl.load(scale).to(tl.float32)
+        stored: tl.constexpr = out.dtype.element_ty
+        tl.store(out + at, rounded(found * factor, stored).to(stored), mask=at < count)
+    if DOT:
+        x = tl.load(features + at, mask=at < count, other=0.0).to(tl.float32)
+        tl.store(partial + tl.program_id(0), tl.sum(found * x, 0))
+
+
+def finish(
+    total: Tensor, features: Tensor, unit: Tensor, scale: Tensor, store: bool, dot: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of what `accumulate` summed: the gradient of features in their dtype, and that of the scale in float32.
+
+    unit (): the gradient of the loss; empty, or None, where not wanted.
+    """
+    block = 4096
+    programs = triton.cdiv(total.numel(), block)
+    out = features.new_empty(features.shape if store else 0)
+    partial = total.new_empty(programs if dot else 0)
+    finish_kernel[(programs,)](
+        total, features.contiguous(), unit, scale, out, partial, total.numel(), BLOCK=block, STORE=store, DOT=dot
+    )
+    return out, partial.sum() * unit if dot else None
+
+
+def gradient_chunk(like: Tensor, rows: int, cols: int, split: bool) -> Tensor:
+    """Room for what `store_gradient` stores: (planes, rows, cols)."""
+    return like.new_empty((2 if split else 1, rows, cols), dtype=torch.float16)
+
+
 def accumulate(
     chunk: Tensor,
-    x: Tensor,
-    y: Tensor,
+    x: Operands,
+    y: Operands,
     first_row: int,
     first_col: int,
     d_image: Tensor | None,
     d_text: Tensor | None,
 ) -> None:
-    """d_image rows += chunk @ y columns, d_text columns += chunk.T @ x rows; None where not wanted."""
-    rows = slice(first_row, first_row + chunk.shape[0])
-    cols = slice(first_col, first_col + chunk.shape[1])
-    if d_image is not None:
-        d_image[rows] += product(chunk, y[cols])
-    if d_text is not None:
-        d_text[cols] += product(chunk.T, x[rows])
+    """d_image rows += G @ y columns, d_text columns += G.T @ x rows, times GRADIENT_SCALE; None where not wanted.
+
+    chunk (planes, rows, cols) is what `store_gradient` stored: G as one float16 number, or as two.
+    """
+    rows, cols = (
+        slice(first, first + count) for first, count in zip((first_row, first_col), chunk.shape[1:], strict=True)
+    )
+    for total, own, other, left, right in ((d_image, rows, cols, chunk, y), (d_text, cols, rows, chunk.mT, x)):
+        if total is None:
+            continue
+        _add_product(total[own], left[0], right.hi[other], 1.0)
+        for rest in left[1:]:
+            _add_product(total[own], rest, right.hi[other], 1.0 / LOW_SCALE.value)
+            _add_product(total[own], left[0], right.lo[other], 1.0 / LOW_SCALE.value)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """total += factor * a @ b: the library's float16 product with float32 sums, where a GPU has it."""
+    if a.device.type == "cuda" and not torch.version.hip:
+        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=factor, out=total)
+    else:
+        total.addmm_(a.float(), b.float(), alpha=factor)

@@ -32,7 +32,7 @@ POINTERS = {
     "tile_first": "*i32", "tile_last": "*i32", "row_mask": "*i1",
 }  # fmt: skip
 INTEGERS = (
-    "n", "m", "dim", "label_offset", "first_row", "first_col", "chunk_cols",
+    "n", "m", "dim", "label_offset", "first_row", "first_col", "chunk_cols", "stride",
     "total", "per_split", "taken", "columns", "height", "width", "embed", "prefix", "sb", "sc", "sh", "sw",
     "position_image", "position_token", "position_embed", "grad_image", "grad_token", "grad_embed",
     "heads", "group", "length", "num_media", "tokens_per_media", "count", "per_program",
@@ -40,6 +40,7 @@ INTEGERS = (
 )  # fmt: skip
 ALIGNED = (
     "dim",
+    "chunk_cols",
     "embed",
     "per_split",
     "sb",
@@ -65,18 +66,21 @@ def kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:
     """Every kernel as its launcher would compile it, for float16 products and for split ones."""
     found = {}
     for split, groups in itertools.product((False, True), repeat=2):
-        wide = pairs.config_for(capability, split)
-        narrow = pairs.config_for(capability, split, sigmoid_loss.MAX_BLOCK_N)
+        wide = pairs.config_for(capability, split, groups)
+        narrow = pairs.config_for(capability, split, groups, sigmoid_loss.MAX_BLOCK_N)
         for name, function, config, knobs in (
             ("info_nce exp_sums", info_nce.exp_sums_kernel, wide, {"COLUMNS": True, "KEEP": groups}),
             ("info_nce online", info_nce.online_kernel, wide, {"COLUMNS": groups}),
             ("info_nce gradient", info_nce.gradient_kernel, wide, {"KEPT": False}),
             ("sigmoid_loss", sigmoid_loss.sigmoid_kernel, narrow, {"GRADIENT": True}),
         ):
-            tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-            kernel = Kernel(
-                function, {**tile, "SPLIT": split, "GROUPS": groups, **knobs}, {"out": "*fp32" if split else "*fp16"}
-            )
+            constants = {name: value for name, value in config.options.items() if name in function.arg_names}
+            types = {"out": "*fp16"}
+            if config.descriptors:
+                for side, rows in (("x", config.block_m), ("y", config.block_n)):
+                    descriptor = f"tensordesc<fp16[{rows},{config.block_k}]>"
+                    types |= {f"{side}_hi": descriptor, f"{side}_lo": descriptor}
+            kernel = Kernel(function, {**constants, "SPLIT": split, "GROUPS": groups, **knobs}, types)
             found[name + (", float32" if split else "") + (", groups" if groups else "")] = (kernel, config)
     return found | patch_embed_kernels(capability) | media_attention_kernels(capability) | gated_residual_kernels()
 
