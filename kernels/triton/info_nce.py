@@ -15,6 +15,7 @@ from torch import Tensor
 from vlmfast.kernels import pairs
 from vlmfast.kernels.pairs import (
     CHUNK,
+    Config,
     dot_tile,
     is_edge,
     match_tile,
@@ -26,6 +27,10 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
+SUMMED = 64
+"""Rows or columns that a program sums the tiles' sums of."""
+NORMALISED = 256
+"""Rows or columns of a program of normalise_kernel."""
 SHIFT_BELOW_TOP = tl.constexpr(70 * math.log2(math.e))
 
 
@@ -38,7 +43,7 @@ def one_shift(scale):
 
 @triton.jit
 def exp_sums_kernel(
-    x_hi, x_lo, y_hi, y_lo, scale, row_codes, col_codes, kept, row_sums, col_sums, row_dots, col_dots,
+    x_hi, x_lo, y_hi, y_lo, scale, row_codes, col_codes, kept, common, row_sums, col_sums, row_dots, col_dots,
     n, m, dim, label_offset, first_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
@@ -49,6 +54,8 @@ def exp_sums_kernel(
     """
     scale2, shift = one_shift(scale)
     row_tile, col_tile = tl.program_id(0), tl.program_id(1)
+    if (row_tile == 0) & (col_tile == 0):
+        tl.store(common, float("inf") if KEEP else shift)
     row, col = first_row + row_tile * BLOCK_M, col_tile * BLOCK_N
     rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     dots = dot_tile(x_hi, x_lo, y_hi, y_lo, row, col, n, m, dim, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, DESCRIPTORS)
@@ -81,28 +88,56 @@ def exp_sums_kernel(
 
 
 @triton.jit
-def online_kernel(
-    x_hi, x_lo, y_hi, y_lo, scale, row_codes, col_codes, stats, stride, n, m, dim, label_offset,
+def sum_of_tiles(partial, at, count, tiles, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """Entries `at` of partial (tiles, count), summed over the tiles in a fixed order."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, tiles, TILES):
+        tile = (first + tl.arange(0, TILES))[:, None]
+        inside = (tile < tiles) & (at < count)[None, :]
+        total += tl.sum(tl.load(partial + tile.to(tl.int64) * count + at[None, :], mask=inside, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def sums_kernel(
+    row_partials, col_partials, stats, stride, height, width, m, n, first_row, row_tiles, col_tiles,
+    BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Into stats (3, n + m), from its second row on: the sums of row_partials (planes, column tiles, width) for
+    `height` rows from `first_row` on; those of col_partials (planes, row tiles, m) added to earlier rows'.
+    """
+    plane, of_rows = tl.program_id(1).to(tl.int64), tl.cdiv(height, BLOCK)
+    out = stats + (1 + plane) * stride
+    if tl.program_id(0) < of_rows:
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        total = sum_of_tiles(row_partials + plane * col_tiles * width, at, width, col_tiles, BLOCK, TILES)
+        tl.store(out + first_row + at, total, mask=at < height)
+    else:
+        at = (tl.program_id(0) - of_rows) * BLOCK + tl.arange(0, BLOCK)
+        total = sum_of_tiles(col_partials + plane * row_tiles * m, at, m, row_tiles, BLOCK, TILES)
+        if first_row > 0:
+            total += tl.load(out + n + at, mask=at < m, other=0.0)
+        tl.store(out + n + at, total, mask=at < m)
+
+
+@triton.jit
+def online_side(
+    x_hi, x_lo, y_hi, y_lo, scale, row_codes, col_codes, common, stats, stride, first, n, m, dim, label_offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """The shift of each row (or column) into stats (3, count); where its sum is out of range, a running maximum,
-    and the sum again by it.
-
-    The tiles are those of the other kernels: another order of the products would round dots differently, and
-    probabilities of large logits would not agree with their sums.
-    """
+    """`online_kernel` for the rows (or columns) from `first` on."""
     count, others = (m, n) if COLUMNS else (n, m)
     BLOCK: tl.constexpr = BLOCK_N if COLUMNS else BLOCK_M
     BLOCK_ACROSS: tl.constexpr = BLOCK_M if COLUMNS else BLOCK_N
     AXIS: tl.constexpr = 0 if COLUMNS else 1
-    first = tl.program_id(0) * BLOCK
     own = first + tl.arange(0, BLOCK)
     scale2, shift = one_shift(scale)
     total = tl.load(stats + stride + own, mask=own < count, other=1.0)
     flagged = ((total >= 1.2924697071141057e-26) & (total <= 8.507059173023462e37)) == 0  # [2^-86, 2^126]
     tl.store(stats + own, tl.zeros((BLOCK,), tl.float32) + shift, mask=(flagged == 0) & (own < count))
     if tl.max(flagged.to(tl.int32), 0) > 0:
+        tl.store(common, float("inf"))
         top = tl.full((BLOCK,), float("-inf"), tl.float32)
         running = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, others, BLOCK_ACROSS):
@@ -121,6 +156,66 @@ def online_kernel(
         keep = flagged & (own < count)
         tl.store(stats + own, tl.where(top == float("-inf"), 0.0, top), mask=keep)
         tl.store(stats + stride + own, running, mask=keep)
+
+
+@triton.jit
+def online_kernel(
+    x_hi, x_lo, y_hi, y_lo, scale, row_codes, col_codes, common, stats, stride, n, m, dim, label_offset,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, GROUPS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The shift of each row, and of each column if there are programs for them, into stats (3, n + m); where a sum is
+    out of range, shift and sum by a running maximum, and infinity into `common`.
+
+    The tiles are those of the other kernels: another order of the products would round dots differently, and
+    probabilities of large logits would not agree with their sums.
+    """
+    of_rows = tl.cdiv(n, BLOCK_M)
+    if tl.program_id(0) < of_rows:
+        online_side(
+            x_hi, x_lo, y_hi, y_lo, scale, row_codes, col_codes, common, stats, stride, tl.program_id(0) * BLOCK_M,
+            n, m, dim, label_offset, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, GROUPS, False, DESCRIPTORS,
+        )  # fmt: skip
+    else:
+        first = (tl.program_id(0) - of_rows) * BLOCK_N
+        online_side(
+            x_hi, x_lo, y_hi, y_lo, scale, row_codes, col_codes, common, stats + n, stride, first,
+            n, m, dim, label_offset, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, GROUPS, True, DESCRIPTORS,
+        )  # fmt: skip
+
+
+@triton.jit
+def normalise_kernel(
+    stats, stride, scale, weight, counts, side, losses, n,
+    COUNTS: tl.constexpr, EXCLUDE_POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`normalise` of vlmfast/ops/info_nce.py, in float64: side (3, n), and each program's sum of the losses."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    shift = tl.load(stats + at, mask=inside, other=0.0)
+    total = tl.load(stats + stride + at, mask=inside, other=1.0).to(tl.float64)
+    dot = tl.load(stats + 2 * stride + at, mask=inside, other=0.0).to(tl.float64)
+    share = tl.load(weight + at, mask=inside, other=0.0)
+    positive = dot * (tl.load(scale).to(tl.float64) * 1.4426950408889634)
+    log_total = tl.log2(total) + shift
+    if COUNTS:
+        each = tl.maximum(tl.load(counts + at, mask=inside, other=1), 1).to(tl.float64)
+        loss = (log_total - positive / each) * 0.6931471805599453
+        factor, target = share / total, share / each
+    else:
+        ratio = (log_total - positive) * 0.6931471805599453
+        e = tl.exp(-tl.abs(ratio))
+        if EXCLUDE_POSITIVE:
+            loss, target = ratio, share
+        else:  # softplus and sigmoid; log(1 + e) * e / ((1 + e) - 1) is exact where 1 + e is rounded
+            above = 1.0 + e
+            loss = tl.maximum(ratio, 0.0) + tl.where(above == 1.0, e, tl.log(above) * (e / (above - 1.0)))
+            target = share * tl.where(ratio >= 0.0, 1.0, e) / above
+        factor = tl.where(total == 0.0, 0.0, target / total)
+    tl.store(losses + tl.program_id(0), tl.sum(tl.where(share == 0.0, 0.0, share * loss), 0))
+    tl.store(side + at, shift, mask=inside)
+    tl.store(side + n + at, factor.to(tl.float32), mask=inside)
+    tl.store(side + 2 * n + at, target.to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -174,6 +269,11 @@ def gradient_kernel(
     store_gradient(out, local_rows[:, None].to(tl.int64) * chunk_cols + local_cols[None, :], plane, g, SPLIT)
 
 
+def online_config(config: Config) -> Config:
+    """Of online_kernel, whose code is twice that of the others: fewer stages, fewer registers."""
+    return config._replace(num_stages=2)
+
+
 def forward(
     image: Tensor,
     text: Tensor,
@@ -190,37 +290,50 @@ def forward(
     features = pairs.operands(image, split), pairs.operands(text, split)
     x, y = pairs.tiles_of(features[0], config.block_m, config), pairs.tiles_of(features[1], config.block_n, config)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
-    groups = row_codes is not None
-    codes = _or(row_codes, scale), _or(col_codes, scale)
+    groups, codes = row_codes is not None, (_or(row_codes, scale), _or(col_codes, scale))
     kept = image.new_empty((n, m) if keep else (0, 0), dtype=torch.float32)
-    stats = image.new_zeros((3, n + m if columns else n), dtype=torch.float32)
-    row_stats, col_stats = stats[:, :n], stats[:, n:]
+    shift = image.new_empty((), dtype=torch.float32)
+    of_cols = m if columns else 0
+    stats = image.new_zeros((3, n + of_cols), dtype=torch.float32)
     col_tiles = triton.cdiv(m, config.block_n)
-    partials = 2 if groups else 1  # the sums, and those of the positives' dots where there may be several
+    planes = 2 if groups else 1  # the sums, and those of the positives' dots where there may be several
     with _device_of(image):
         for first in range(0, n, CHUNK):
             height = min(CHUNK, n - first)
             row_tiles = triton.cdiv(height, config.block_m)
-            partial_rows = image.new_empty((partials, col_tiles, row_tiles * config.block_m), dtype=torch.float32)
-            partial_cols = image.new_empty((partials, row_tiles, m if columns else 0), dtype=torch.float32)
-            row_dots, col_dots = (partial_rows[1], partial_cols[1]) if groups else (row_stats[2], col_stats[2])
+            partial_rows = image.new_empty((planes, col_tiles, row_tiles * config.block_m), dtype=torch.float32)
+            partial_cols = image.new_empty((planes, row_tiles, of_cols), dtype=torch.float32)
+            row_dots, col_dots = (partial_rows[1], partial_cols[1]) if groups else (stats[2], stats[2, n:])
             exp_sums_kernel[(row_tiles, col_tiles)](
-                *x, *y, scale, *codes, kept, partial_rows, partial_cols, row_dots, col_dots,
+                *x, *y, scale, *codes, kept, shift, partial_rows, partial_cols, row_dots, col_dots,
                 n, m, dim, label_offset, first,
                 SPLIT=split, GROUPS=groups, COLUMNS=columns, KEEP=keep, **config.options,
             )  # fmt: skip
-            row_stats[1 : 1 + partials, first : first + height] = partial_rows.sum(1)[:, :height]
-            if columns:
-                col_stats[1 : 1 + partials] += partial_cols.sum(1)
-        for side, count, block in ((row_stats, n, config.block_m), (col_stats, col_stats.shape[1], config.block_n)):
-            if count:
-                online_kernel[(triton.cdiv(count, block),)](
-                    *x, *y, scale, *codes, side, stats.shape[1], n, m, dim, label_offset,
-                    SPLIT=split, GROUPS=groups, COLUMNS=side is col_stats, **config.options,
-                )  # fmt: skip
-    lowest, highest = stats[0].aminmax()
-    shift = torch.where(lowest == highest, lowest, math.inf)
-    return row_stats, col_stats, torch.full_like(shift, math.inf) if keep else shift, kept
+            sums_kernel[(triton.cdiv(height, SUMMED) + triton.cdiv(of_cols, SUMMED), planes)](
+                partial_rows, partial_cols, stats, stats.shape[1], height, partial_rows.shape[2], of_cols, n, first,
+                row_tiles, col_tiles, BLOCK=SUMMED, TILES=32,
+            )  # fmt: skip
+        online_kernel[(triton.cdiv(n, config.block_m) + triton.cdiv(of_cols, config.block_n),)](
+            *x, *y, scale, *codes, shift, stats, stats.shape[1], n, m, dim, label_offset,
+            SPLIT=split, GROUPS=groups, **online_config(config).options,
+        )  # fmt: skip
+    return stats[:, :n], stats[:, n:], shift, kept
+
+
+def normalise(
+    stats: Tensor, scale: Tensor, weight: Tensor, count: Tensor | None, exclude_positive: bool
+) -> tuple[Tensor, Tensor]:
+    """`normalise` of vlmfast/ops/info_nce.py, its losses summed up to a few."""
+    stats = stats if stats.stride(1) == 1 else stats.contiguous()
+    n = stats.shape[1]
+    side = stats.new_empty((3, n))
+    losses = weight.new_empty(triton.cdiv(n, NORMALISED))
+    with _device_of(stats):
+        normalise_kernel[(losses.shape[0],)](
+            stats, stats.stride(0), scale, weight, _or(count, weight), side, losses, n,
+            COUNTS=count is not None, EXCLUDE_POSITIVE=exclude_positive, BLOCK=NORMALISED,
+        )  # fmt: skip
+    return losses, side
 
 
 def backward(
@@ -246,8 +359,8 @@ def backward(
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
     # The scale's gradient is read off a feature gradient, so one of the two is always accumulated.
     image_sum = image_grad or not text_grad
-    d_image = image.new_zeros((n if image_sum else 0, dim), dtype=torch.float32)
-    d_text = image.new_zeros((m if text_grad else 0, dim), dtype=torch.float32)
+    d_image = image.new_empty((n if image_sum else 0, dim), dtype=torch.float32)
+    d_text = image.new_empty((m if text_grad else 0, dim), dtype=torch.float32)
     rows, cols = rows.contiguous(), cols.contiguous()
     with _device_of(image):
         for first_row in range(0, n, CHUNK):
@@ -266,9 +379,10 @@ def backward(
                     chunk[:, :height, :width], *features, first_row, first_col,
                     d_image if image_sum else None, d_text if text_grad else None,
                 )  # fmt: skip
-        dx, d_scale = pairs.finish(d_image, image, unit, scale, image_grad, True) if image_sum else (d_image, None)
-        dy, dot = pairs.finish(d_text, text, unit, scale, text_grad, not image_sum) if text_grad else (d_text, None)
-    d_scale = dot if d_scale is None else d_scale
+        none = image.new_empty(0), None
+        dx, dot = pairs.finish(d_image, image, unit, scale, image_grad, dot=True) if image_sum else none
+        dy, text_dot = pairs.finish(d_text, text, unit, scale, True, dot=not image_sum) if text_grad else none
+    d_scale = text_dot if dot is None else dot
     return dx, dy, d_scale.to(scale.dtype)
 
 

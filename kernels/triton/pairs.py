@@ -52,17 +52,18 @@ def config_for(capability: int, split: bool, groups: bool, max_block_n: int = 12
 
     Such that no kernel spills registers (tests/kernels/resources.json); measured on 90 alone.
     """
-    if capability == 90 and not split:
-        # Two programs of four warps share a multiprocessor; an epilogue with more to hold gets smaller tiles.
-        return Config(128, 64, 64, 8, 3, True) if groups or max_block_n < 128 else Config(128, 128, 64, 4, 3, True)
+    if capability == 90:  # two programs of four warps share a multiprocessor
+        small, large = (
+            ((128, 64, 32, 8, 3), (128, 128, 64, 8, 3)) if split else ((64, 64, 64, 4, 4), (128, 128, 64, 4, 3))
+        )
+        return Config(*(small if groups or max_block_n < 128 else large), descriptors=True)
     narrow = split or capability == 100  # two accumulators; or an epilogue that reads its tile from tensor memory
     return Config(
         block_m=128,
         block_n=min(64 if narrow else 128, max_block_n),
-        block_k=64 if capability in (90, 100) and not split else 32,
+        block_k=64 if capability == 100 and not split else 32,
         num_warps=8,
         num_stages=2 if split and capability == 120 else 3,
-        descriptors=capability == 90,
     )
 
 
@@ -89,9 +90,10 @@ def tiles_of(features: Operands, rows: int, config: Config) -> tuple[Any, Any]:
     """
     if not config.descriptors:
         return features
-    padded = [F.pad(t, (0, -t.shape[1] % 8)) if t.shape[1] % 8 or t.data_ptr() % 16 else t for t in features]
-    hi, lo = (TensorDescriptor.from_tensor(t, [rows, config.block_k]) for t in padded)
-    return hi, lo
+    hi, lo = (F.pad(t, (0, -t.shape[1] % 8)) if t.shape[1] % 8 or t.data_ptr() % 16 else t for t in features)
+    block = [rows, config.block_k]
+    split = features.lo is not features.hi
+    return TensorDescriptor.from_tensor(hi, block), TensorDescriptor.from_tensor(lo, block) if split else lo
 
 
 def operands(features: Tensor, split: bool) -> Operands:
@@ -169,11 +171,11 @@ def store_gradient(out, at, plane, g, SPLIT: tl.constexpr):
 
 @triton.jit
 def finish_kernel(
-    total, features, unit, scale, out, partial, count, BLOCK: tl.constexpr, STORE: tl.constexpr, DOT: tl.constexpr
+    sums, features, unit, scale, out, partial, count, BLOCK: tl.constexpr, STORE: tl.constexpr, DOT: tl.constexpr
 ):
-    """out = total * unit * scale / GRADIENT_SCALE, and the sum of total * features over each program's entries."""
+    """out = sums * unit * scale / GRADIENT_SCALE, and the sum of sums * features over each program's entries."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    found = tl.load(total + at, mask=at < count, other=0.0) * (1.0 / GRADIENT_SCALE)
+    found = tl.load(sums + at, mask=at < count, other=0.0) * (1.0 / GRADIENT_SCALE)
     if STORE:
         factor = tl.load(unit).to(tl.float32) * tl.load(scale).to(tl.float32)
         stored: tl.constexpr = out.dtype.element_ty
@@ -216,23 +218,24 @@ def accumulate(
 ) -> None:
     """d_image rows += G @ y columns, d_text columns += G.T @ x rows, times GRADIENT_SCALE; None where not wanted.
 
-    chunk (planes, rows, cols) is what `store_gradient` stored: G as one float16 number, or as two.
+    What is there before counts from the second chunk of a row, or of a column, on. chunk (planes, rows, cols) is what
+    `store_gradient` stored: G as one float16 number, or as two.
     """
-    rows, cols = (
-        slice(first, first + count) for first, count in zip((first_row, first_col), chunk.shape[1:], strict=True)
-    )
+    rows = slice(first_row, first_row + chunk.shape[1])
+    cols = slice(first_col, first_col + chunk.shape[2])
     for total, own, other, left, right in ((d_image, rows, cols, chunk, y), (d_text, cols, rows, chunk.mT, x)):
         if total is None:
             continue
-        _add_product(total[own], left[0], right.hi[other], 1.0)
+        _add_product(total[own], left[0], right.hi[other], 1.0, fresh=other.start == 0)
         for rest in left[1:]:
             _add_product(total[own], rest, right.hi[other], 1.0 / LOW_SCALE.value)
             _add_product(total[own], left[0], right.lo[other], 1.0 / LOW_SCALE.value)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """total += factor * a @ b: the library's float16 product with float32 sums, where a GPU has it."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float, fresh: bool = False) -> None:
+    """total += factor * a @ b, or = if fresh: the library's float16 product with float32 sums, where a GPU has it."""
+    beta = 0.0 if fresh else 1.0
     if a.device.type == "cuda" and not torch.version.hip:
-        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=factor, out=total)
+        torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, alpha=factor, out=total)
     else:
-        total.addmm_(a.float(), b.float(), alpha=factor)
+        total.addmm_(a.float(), b.float(), beta=beta, alpha=factor)

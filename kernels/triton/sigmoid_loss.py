@@ -97,8 +97,8 @@ def forward(
     features = pairs.operands(image, split), pairs.operands(text, split)
     x, y = pairs.tiles_of(features[0], config.block_m, config), pairs.tiles_of(features[1], config.block_n, config)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
-    d_image = image.new_zeros((n if image_grad else 0, dim), dtype=torch.float32)
-    d_text = image.new_zeros((m if text_grad else 0, dim), dtype=torch.float32)
+    d_image = image.new_empty((n if image_grad else 0, dim), dtype=torch.float32)
+    d_text = image.new_empty((m if text_grad else 0, dim), dtype=torch.float32)
     gradient = image_grad or text_grad
     totals = image.new_zeros(3, dtype=torch.float64)
     with torch.cuda.device_of(image):

@@ -32,7 +32,7 @@ POINTERS = {
     "tile_first": "*i32", "tile_last": "*i32", "row_mask": "*i1",
 }  # fmt: skip
 INTEGERS = (
-    "n", "m", "dim", "label_offset", "first_row", "first_col", "chunk_cols", "stride",
+    "n", "m", "dim", "label_offset", "first_row", "first_col", "chunk_cols", "stride", "row_tiles", "col_tiles",
     "total", "per_split", "taken", "columns", "height", "width", "embed", "prefix", "sb", "sc", "sh", "sw",
     "position_image", "position_token", "position_embed", "grad_image", "grad_token", "grad_embed",
     "heads", "group", "length", "num_media", "tokens_per_media", "count", "per_program",
@@ -70,7 +70,7 @@ def kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:
         narrow = pairs.config_for(capability, split, groups, sigmoid_loss.MAX_BLOCK_N)
         for name, function, config, knobs in (
             ("info_nce exp_sums", info_nce.exp_sums_kernel, wide, {"COLUMNS": True, "KEEP": groups}),
-            ("info_nce online", info_nce.online_kernel, wide, {"COLUMNS": groups}),
+            ("info_nce online", info_nce.online_kernel, info_nce.online_config(wide), {}),
             ("info_nce gradient", info_nce.gradient_kernel, wide, {"KEPT": False}),
             ("sigmoid_loss", sigmoid_loss.sigmoid_kernel, narrow, {"GRADIENT": True}),
         ):
@@ -79,9 +79,16 @@ def kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:
             if config.descriptors:
                 for side, rows in (("x", config.block_m), ("y", config.block_n)):
                     descriptor = f"tensordesc<fp16[{rows},{config.block_k}]>"
-                    types |= {f"{side}_hi": descriptor, f"{side}_lo": descriptor}
+                    types |= {f"{side}_hi": descriptor} | ({f"{side}_lo": descriptor} if split else {})
             kernel = Kernel(function, {**constants, "SPLIT": split, "GROUPS": groups, **knobs}, types)
             found[name + (", float32" if split else "") + (", groups" if groups else "")] = (kernel, config)
+    side = pairs.Config(64, 0, 0, 4, 3)
+    found["info_nce sums"] = (Kernel(info_nce.sums_kernel, {"BLOCK": info_nce.SUMMED, "TILES": 32}), side)
+    types = {"weight": "*fp64", "losses": "*fp64", "counts": "*i64"}
+    flags = {"COUNTS": False, "EXCLUDE_POSITIVE": False, "BLOCK": info_nce.NORMALISED}
+    found["info_nce normalise"] = (Kernel(info_nce.normalise_kernel, flags, types), side)
+    flags = {"BLOCK": 4096, "STORE": True, "DOT": True}
+    found["info_nce finish"] = (Kernel(pairs.finish_kernel, flags, {"features": "*bf16", "out": "*bf16"}), side)
     return found | patch_embed_kernels(capability) | media_attention_kernels(capability) | gated_residual_kernels()
 
 

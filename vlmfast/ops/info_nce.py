@@ -213,7 +213,7 @@ def _smoothing(
 
 
 class Normalised(NamedTuple):
-    """What `normalise` makes of one side's sums: loss terms (n,) in float64, and shift, factor, target (3, n)."""
+    """What `normalise` makes of one side's sums: terms of the loss in float64, and shift, factor, target (3, n)."""
 
     loss: Tensor
     side: Tensor
@@ -227,6 +227,8 @@ def normalise(stats: Tensor, scale: Tensor, weight: Tensor, count: Tensor | None
         weight (n,): of each row's loss, 0 where it has none.
         count (n,): positives of each row with groups, None without.
     """
+    if choose("info_nce", IMPLS, stats) is IMPLS["triton"]:
+        return Normalised(*_kernels().normalise(stats, scale, weight, count, exclude_positive))
     shift, total, dot = stats.double()
     positive = dot * (scale.double() * LOG2E)
     log_total = total.log2() + shift
@@ -452,14 +454,14 @@ def _forward(
     row_weight, col_weight, row_count, col_count, unit = _weights(
         image, text, row_mask, (row_codes, col_codes), label_offset, bidirectional
     )
-    stats, weight, count = row_stats, row_weight, row_count
-    if bidirectional:  # both sides at once: a GPU takes longer to be told of an op than to do it
-        stats, weight = torch.cat([row_stats, col_stats], 1), torch.cat([row_weight, col_weight])
-        count = None if row_count is None or col_count is None else torch.cat([row_count, col_count])
-    loss, sides = normalise(stats, scale, weight, count, exclude_positive)
-    n = image.shape[0]
-    cols = sides[:, n:].contiguous() if bidirectional else sides.new_zeros(3, text.shape[0])
-    return (loss.sum() * unit).float(), sides[:, :n].contiguous(), cols, shift, kept, unit.float()
+    loss, rows = normalise(row_stats, scale, row_weight, row_count, exclude_positive)
+    total = loss.sum()
+    if bidirectional:
+        loss, cols = normalise(col_stats, scale, col_weight, col_count, exclude_positive)
+        total = total + loss.sum()
+    else:
+        cols = rows.new_zeros(3, text.shape[0])
+    return (total * unit).float(), rows, cols, shift, kept, unit.float()
 
 
 def _backward(
