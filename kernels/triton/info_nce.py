@@ -9,6 +9,7 @@ the gradient of the logits, each written by one kernel and multiplied by the lib
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -185,12 +186,12 @@ def online_kernel(
 
 
 @triton.jit
-def normalise_kernel(
-    stats, stride, scale, weight, counts, side, losses, n,
+def normalise_side(
+    stats, stride, scale, weight, counts, side, n, first,
     COUNTS: tl.constexpr, EXCLUDE_POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`normalise` of vlmfast/ops/info_nce.py, in float64: side (3, n), and each program's sum of the losses."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Of the rows from `first` on the sum of the losses; their shifts, factors and targets into side (3, n)."""
+    at = first + tl.arange(0, BLOCK)
     inside = at < n
     shift = tl.load(stats + at, mask=inside, other=0.0)
     total = tl.load(stats + stride + at, mask=inside, other=1.0).to(tl.float64)
@@ -204,18 +205,39 @@ def normalise_kernel(
         factor, target = share / total, share / each
     else:
         ratio = (log_total - positive) * 0.6931471805599453
-        e = tl.exp(-tl.abs(ratio))
         if EXCLUDE_POSITIVE:
             loss, target = ratio, share
         else:  # softplus and sigmoid; log(1 + e) * e / ((1 + e) - 1) is exact where 1 + e is rounded
+            e = tl.exp(-tl.abs(ratio))
             above = 1.0 + e
             loss = tl.maximum(ratio, 0.0) + tl.where(above == 1.0, e, tl.log(above) * (e / (above - 1.0)))
             target = share * tl.where(ratio >= 0.0, 1.0, e) / above
         factor = tl.where(total == 0.0, 0.0, target / total)
-    tl.store(losses + tl.program_id(0), tl.sum(tl.where(share == 0.0, 0.0, share * loss), 0))
     tl.store(side + at, shift, mask=inside)
     tl.store(side + n + at, factor.to(tl.float32), mask=inside)
     tl.store(side + 2 * n + at, target.to(tl.float32), mask=inside)
+    return tl.sum(tl.where(share == 0.0, 0.0, share * loss), 0)
+
+
+@triton.jit
+def normalise_kernel(
+    row_stats, row_stride, row_weight, row_counts, row_side, n,
+    col_stats, col_stride, col_weight, col_counts, col_side, m, scale, losses,
+    COUNTS: tl.constexpr, EXCLUDE_POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`normalise` of vlmfast/ops/info_nce.py in float64, the losses as a sum of each program's."""
+    of_rows = tl.cdiv(n, BLOCK)
+    if tl.program_id(0) < of_rows:
+        loss = normalise_side(
+            row_stats, row_stride, scale, row_weight, row_counts, row_side, n, tl.program_id(0) * BLOCK,
+            COUNTS, EXCLUDE_POSITIVE, BLOCK,
+        )  # fmt: skip
+    else:
+        loss = normalise_side(
+            col_stats, col_stride, scale, col_weight, col_counts, col_side, m, (tl.program_id(0) - of_rows) * BLOCK,
+            COUNTS, EXCLUDE_POSITIVE, BLOCK,
+        )  # fmt: skip
+    tl.store(losses + tl.program_id(0), loss)
 
 
 @triton.jit
@@ -321,19 +343,24 @@ def forward(
 
 
 def normalise(
-    stats: Tensor, scale: Tensor, weight: Tensor, count: Tensor | None, exclude_positive: bool
-) -> tuple[Tensor, Tensor]:
-    """`normalise` of vlmfast/ops/info_nce.py, its losses summed up to a few."""
-    stats = stats if stats.stride(1) == 1 else stats.contiguous()
-    n = stats.shape[1]
-    side = stats.new_empty((3, n))
-    losses = weight.new_empty(triton.cdiv(n, NORMALISED))
-    with _device_of(stats):
-        normalise_kernel[(losses.shape[0],)](
-            stats, stats.stride(0), scale, weight, _or(count, weight), side, losses, n,
-            COUNTS=count is not None, EXCLUDE_POSITIVE=exclude_positive, BLOCK=NORMALISED,
-        )  # fmt: skip
-    return losses, side
+    sides: Sequence[tuple[Tensor, Tensor, Tensor | None]], scale: Tensor, exclude_positive: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """`normalise` of vlmfast/ops/info_nce.py for one or two sides, the losses summed up to a few."""
+    found, arguments, programs = [], [], 0
+    for stats, weight, count in sides:
+        stats = stats if stats.stride(1) == 1 else stats.contiguous()
+        n = stats.shape[1]
+        found.append(stats.new_empty((3, n)))
+        arguments += [stats, stats.stride(0), weight, _or(count, weight), found[-1], n]
+        programs += triton.cdiv(n, NORMALISED)
+    if len(sides) == 1:
+        arguments += arguments
+    losses = weight.new_empty(programs)
+    with _device_of(scale):
+        normalise_kernel[(programs,)](
+            *arguments, scale, losses, COUNTS=count is not None, EXCLUDE_POSITIVE=exclude_positive, BLOCK=NORMALISED
+        )
+    return losses, found
 
 
 def backward(
@@ -379,10 +406,10 @@ def backward(
                     chunk[:, :height, :width], *features, first_row, first_col,
                     d_image if image_sum else None, d_text if text_grad else None,
                 )  # fmt: skip
-        none = image.new_empty(0), None
-        dx, dot = pairs.finish(d_image, image, unit, scale, image_grad, dot=True) if image_sum else none
-        dy, text_dot = pairs.finish(d_text, text, unit, scale, True, dot=not image_sum) if text_grad else none
-    d_scale = text_dot if dot is None else dot
+        parts = [(d_image, image)] * image_sum + [(d_text, text)] * text_grad
+        gradients, d_scale = pairs.finish(parts, unit, scale, store=image_grad or not image_sum)
+    none = image.new_empty(0)
+    dx, dy = gradients[0] if image_grad else none, gradients[-1] if text_grad else none
     return dx, dy, d_scale.to(scale.dtype)
 
 

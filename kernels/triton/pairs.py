@@ -8,6 +8,7 @@ accuracy.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -171,35 +172,47 @@ def store_gradient(out, at, plane, g, SPLIT: tl.constexpr):
 
 @triton.jit
 def finish_kernel(
-    sums, features, unit, scale, out, partial, count, BLOCK: tl.constexpr, STORE: tl.constexpr, DOT: tl.constexpr
-):
-    """out = sums * unit * scale / GRADIENT_SCALE, and the sum of sums * features over each program's entries."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    found = tl.load(sums + at, mask=at < count, other=0.0) * (1.0 / GRADIENT_SCALE)
-    if STORE:
-        factor = tl.load(unit).to(tl.float32) * tl.load(scale).to(tl.float32)
-        stored: tl.constexpr = out.dtype.element_ty
-        tl.store(out + at, rounded(found * factor, stored).to(stored), mask=at < count)
-    if DOT:
+    sums, features, out, count, other_sums, other_out, unit, scale, partial, other_count,
+    BLOCK: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """out = sums * unit * scale / GRADIENT_SCALE and each program's <sums, features>; then other_out likewise."""
+    of_first = tl.cdiv(count, BLOCK)
+    factor = tl.load(unit).to(tl.float32) * tl.load(scale).to(tl.float32) * (1.0 / GRADIENT_SCALE)
+    stored: tl.constexpr = out.dtype.element_ty
+    if tl.program_id(0) < of_first:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        found = tl.load(sums + at, mask=at < count, other=0.0)
         x = tl.load(features + at, mask=at < count, other=0.0).to(tl.float32)
-        tl.store(partial + tl.program_id(0), tl.sum(found * x, 0))
+        tl.store(partial + tl.program_id(0), tl.sum(found * x, 0) * (1.0 / GRADIENT_SCALE))
+        if STORE:
+            tl.store(out + at, rounded(found * factor, stored).to(stored), mask=at < count)
+    else:
+        at = (tl.program_id(0) - of_first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        found = tl.load(other_sums + at, mask=at < other_count, other=0.0)
+        tl.store(other_out + at, rounded(found * factor, stored).to(stored), mask=at < other_count)
+
+
+FINISHED = 4096
+"""Entries of a program of finish_kernel."""
 
 
 def finish(
-    total: Tensor, features: Tensor, unit: Tensor, scale: Tensor, store: bool, dot: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Of what `accumulate` summed: the gradient of features in their dtype, and that of the scale in float32.
+    parts: Sequence[tuple[Tensor, Tensor]], unit: Tensor, scale: Tensor, store: bool
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients of features, in their dtype, and of the scale, in float32.
 
-    unit (): the gradient of the loss; empty, or None, where not wanted.
+    parts: one or two of what `accumulate` summed and its features; the first's gradient is computed if `store`.
     """
-    block = 4096
-    programs = triton.cdiv(total.numel(), block)
-    out = features.new_empty(features.shape if store else 0)
-    partial = total.new_empty(programs if dot else 0)
-    finish_kernel[(programs,)](
-        total, features.contiguous(), unit, scale, out, partial, total.numel(), BLOCK=block, STORE=store, DOT=dot
-    )
-    return out, partial.sum() * unit if dot else None
+    outs = [x.new_empty(x.shape if store or number else 0) for number, (_, x) in enumerate(parts)]
+    (first, features), (last, _) = parts[0], parts[-1]
+    programs = triton.cdiv(first.numel(), FINISHED)
+    partial = first.new_empty(programs)
+    more = triton.cdiv(last.numel(), FINISHED) if len(parts) > 1 else 0
+    finish_kernel[(programs + more,)](
+        first, features.contiguous(), outs[0], first.numel(), last, outs[-1], unit, scale, partial, last.numel(),
+        BLOCK=FINISHED, STORE=store,
+    )  # fmt: skip
+    return outs, partial.sum() * unit
 
 
 def gradient_chunk(like: Tensor, rows: int, cols: int, split: bool) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vlmfast.kernels.pairs import Config
+from vlmfast.kernels.pairs import Config, Operands, tiles_of
 from vlmfast.kernels.products import DTYPES, capability, loaded, precision, rounded
 
 import triton
@@ -26,11 +26,13 @@ PROGRAMS = 512
 
 
 @functools.cache
-def config_for(capability: int, wide: bool) -> Config:
+def config_for(capability: int, wide: bool, backward: bool) -> Config:
     """A fixed choice by compute capability (major * 10 + minor); `wide`: operands are float32.
 
-    Chosen such that no kernel spills registers (tests/kernels/resources.json); their speed was not measured yet.
+    Such that no kernel spills registers (tests/kernels/resources.json); measured on 90 alone.
     """
+    if capability == 90 and not wide:
+        return Config(128, 128, 64, 8, 3) if backward else Config(128, 256, 64, 8, 3, descriptors=True)
     return Config(
         block_m=64 if wide and capability not in (90, 100) else 128,
         block_n=64 if wide else 128,
@@ -89,17 +91,17 @@ def tokens_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     CHANNELS: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, PACKED: tl.constexpr,
     NORMALISE: tl.constexpr, PAD: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRODUCTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the tokens of patches; weight (embed, entries), in their order, has the dtype of products."""
     DIM: tl.constexpr = CHANNELS * PATCH_H * PATCH_W
     tiles_across = tl.cdiv(embed, BLOCK_N)
     rows = tl.program_id(0) // tiles_across * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(0) % tiles_across * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.program_id(0) % tiles_across * BLOCK_N
+    cols = col + tl.arange(0, BLOCK_N)
     image, patch, first, below, right = corners(
         rows, keep, total, taken, columns, height, width, sb, sh, sw, PATCH_H, PATCH_W, KEEP
     )
-    products: tl.constexpr = weight.dtype.element_ty
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, DIM, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -107,19 +109,22 @@ def tokens_kernel(
             pixels, affine, first, below, right, rows, k, total, sc, sh, sw,
             CHANNELS, PATCH_H, PATCH_W, PACKED, NORMALISE, PAD,
         )  # fmt: skip
-        w_inside = (k < DIM)[:, None] & (cols < embed)[None, :]
-        w = tl.load(weight + cols[None, :].to(tl.int64) * DIM + k[:, None], mask=w_inside, other=0.0)
-        sums = tl.dot(rounded(x, products), loaded(w), sums, input_precision=PRECISION)
+        if DESCRIPTORS:
+            w = weight.load([col, start]).T
+        else:
+            w_inside = (k < DIM)[:, None] & (cols < embed)[None, :]
+            w = tl.load(weight + cols[None, :].to(tl.int64) * DIM + k[:, None], mask=w_inside, other=0.0)
+        sums = tl.dot(rounded(x, PRODUCTS), loaded(w), sums, input_precision=PRECISION)
     inside = (rows < total)[:, None] & (cols < embed)[None, :]
     if BIAS:
         sums += tl.load(bias + cols, mask=cols < embed, other=0.0).to(tl.float32)[None, :]
     if POSITION:
         at = image * position_image + (prefix + patch).to(tl.int64) * position_token
-        at = at[:, None] + cols[None, :].to(tl.int64) * position_embed
-        sums += tl.load(position + at, mask=inside, other=0.0).to(tl.float32)
+        places = (position + at)[:, None] + (cols * position_embed)[None, :]
+        sums += tl.load(places, mask=inside, other=0.0).to(tl.float32)
     out = (rows + (image + 1) * prefix) * embed
     stored: tl.constexpr = tokens.dtype.element_ty
-    tl.store(tokens + out[:, None] + cols[None, :], rounded(sums, stored).to(stored), mask=inside)
+    tl.store((tokens + out)[:, None] + cols[None, :], rounded(sums, stored).to(stored), mask=inside)
 
 
 @triton.jit
@@ -176,18 +181,22 @@ def forward(
     tokens = pixels.new_empty((batch, count + taken, embed), dtype=token_dtype)
     packed = _is_packed(pixels)
     operand = weight.permute(0, 2, 3, 1) if packed else weight
-    operand = operand.to(product_dtype).contiguous()
+    operand = operand.to(product_dtype).flatten(1).contiguous()
     place = (0, 0, 0) if position is None else position.expand(batch, -1, -1).stride()
-    config = config_for(capability(pixels), product_dtype == torch.float32)
+    config = config_for(capability(pixels), product_dtype == torch.float32, backward=False)
+    unread = operand  # stands for what is not there
+    if config.descriptors:
+        operand = tiles_of(Operands(operand, operand), config.block_n, config)[0]
     programs = triton.cdiv(batch * taken, config.block_m) * triton.cdiv(embed, config.block_n)
     with torch.cuda.device_of(pixels):
         tokens_kernel[(programs,)](
-            pixels, _affine(pixels, mean, std), operand, operand if bias is None else bias,
-            operand if position is None else position, operand if keep is None else keep.contiguous(), tokens,
+            pixels, _affine(pixels, mean, std), operand, unread if bias is None else bias,
+            unread if position is None else position, unread if keep is None else keep.contiguous(), tokens,
             batch * taken, taken, columns, *pixels.shape[2:], embed, count, *pixels.stride(), *place,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             **_meaning(pixels, weight, mean, keep, packed), BIAS=bias is not None, POSITION=position is not None,
-            PRECISION=precision(pixels), num_warps=config.num_warps, num_stages=config.num_stages,
+            PRODUCTS=DTYPES[product_dtype], PRECISION=precision(pixels), DESCRIPTORS=config.descriptors,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if prefix is not None:
             first = prefix.float()
@@ -234,7 +243,7 @@ def _weight_grad(
     taken = grad.shape[1] - prefix_tokens
     total = grad.shape[0] * taken
     packed = _is_packed(pixels)
-    config = config_for(capability(pixels), product_dtype == torch.float32)
+    config = config_for(capability(pixels), product_dtype == torch.float32, backward=True)
     tiles = triton.cdiv(embed, config.block_m) * triton.cdiv(weight[0].numel(), config.block_n)
     splits = max(1, min(PROGRAMS // tiles, total // MIN_SPLIT))
     per_split = triton.cdiv(triton.cdiv(total, splits), config.block_k) * config.block_k

@@ -32,7 +32,8 @@ POINTERS = {
     "tile_first": "*i32", "tile_last": "*i32", "row_mask": "*i1",
 }  # fmt: skip
 INTEGERS = (
-    "n", "m", "dim", "label_offset", "first_row", "first_col", "chunk_cols", "stride", "row_tiles", "col_tiles",
+    "n", "m", "dim", "label_offset", "first_row", "first_col", "chunk_cols",
+    "stride", "row_stride", "col_stride", "row_tiles", "col_tiles", "other_count",
     "total", "per_split", "taken", "columns", "height", "width", "embed", "prefix", "sb", "sc", "sh", "sw",
     "position_image", "position_token", "position_embed", "grad_image", "grad_token", "grad_embed",
     "heads", "group", "length", "num_media", "tokens_per_media", "count", "per_program",
@@ -84,11 +85,13 @@ def kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:
             found[name + (", float32" if split else "") + (", groups" if groups else "")] = (kernel, config)
     side = pairs.Config(64, 0, 0, 4, 3)
     found["info_nce sums"] = (Kernel(info_nce.sums_kernel, {"BLOCK": info_nce.SUMMED, "TILES": 32}), side)
-    types = {"weight": "*fp64", "losses": "*fp64", "counts": "*i64"}
+    types = dict.fromkeys(("row_weight", "col_weight", "losses"), "*fp64") | dict.fromkeys(
+        ("row_counts", "col_counts"), "*i64"
+    )
     flags = {"COUNTS": False, "EXCLUDE_POSITIVE": False, "BLOCK": info_nce.NORMALISED}
     found["info_nce normalise"] = (Kernel(info_nce.normalise_kernel, flags, types), side)
-    flags = {"BLOCK": 4096, "STORE": True, "DOT": True}
-    found["info_nce finish"] = (Kernel(pairs.finish_kernel, flags, {"features": "*bf16", "out": "*bf16"}), side)
+    types = dict.fromkeys(("features", "out", "other_out"), "*bf16")
+    found["info_nce finish"] = (Kernel(pairs.finish_kernel, {"BLOCK": pairs.FINISHED, "STORE": True}, types), side)
     return found | patch_embed_kernels(capability) | media_attention_kernels(capability) | gated_residual_kernels()
 
 
@@ -99,20 +102,30 @@ def patch_embed_kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config
         ((tl.bfloat16, "tf32"), (tl.float32, "tf32"), (tl.float32, "bf16x6")), (16, 14)
     ):
         wide = products == tl.float32
-        config = patch_embed.config_for(capability, wide)
         constants = {
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
             "CHANNELS": 3, "PATCH_H": patch, "PATCH_W": patch, "PACKED": not wide, "NORMALISE": True,
             "PAD": patch == 14, "KEEP": patch == 14, "PRECISION": precision, "sw" if wide else "sc": 1,
         }  # fmt: skip
         types = dict.fromkeys(("weight", "bias", "position", "tokens", "grad"), "*fp32" if wide else "*bf16")
         types["pixels"] = "*fp32" if wide else "*u8"
-        for name, function, more in (
-            ("tokens", patch_embed.tokens_kernel, {"BIAS": True, "POSITION": True, "position_embed": 1}),
-            ("weight_grad", patch_embed.weight_grad_kernel, {"PRODUCTS": products, "grad_embed": 1}),
+        for name, function, backward, more in (
+            (
+                "tokens",
+                patch_embed.tokens_kernel,
+                False,
+                {"BIAS": True, "POSITION": True, "position_embed": 1, "PRODUCTS": products},
+            ),
+            ("weight_grad", patch_embed.weight_grad_kernel, True, {"PRODUCTS": products, "grad_embed": 1}),
         ):
+            config = patch_embed.config_for(capability, wide, backward)
+            tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+            own = dict(types)
+            if not backward:
+                tile["DESCRIPTORS"] = config.descriptors
+                if config.descriptors:
+                    own["weight"] = f"tensordesc<bf16[{config.block_n},{config.block_k}]>"
             title = f"patch_embed {name}, /{patch}, {precision if wide else products}"
-            found[title] = (Kernel(function, {**constants, **more}, types), config)
+            found[title] = (Kernel(function, {**constants, **tile, **more}, own), config)
     return found
 
 

@@ -18,7 +18,16 @@ import torch
 
 from vlmfast.ops._dispatch import core
 
-PEERS = ("open_clip_torch", "transformers", "timm", "flamingo-pytorch", "memeff", "inf-cl", "siglip-kernel")
+PACKAGES = (
+    "triton",
+    "open_clip_torch",
+    "transformers",
+    "timm",
+    "flamingo-pytorch",
+    "memeff",
+    "inf-cl",
+    "siglip-kernel",
+)
 
 
 def to_json(found: Any) -> str:
@@ -82,7 +91,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(), "torch": torch.__version__, "date": date.today().isoformat(),
         "vlmfast": {k: v for k, v in core.build_info().items() if k != "torch"} if core else "no C++ core",
     }  # fmt: skip
-    for package in PEERS:
+    for package in PACKAGES:
         try:
             header[package] = version(package)
         except PackageNotFoundError:

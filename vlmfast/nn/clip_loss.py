@@ -141,13 +141,13 @@ class _Strip(torch.autograd.Function):
             if keep:
                 kept += [shard, block]
         weight = image.new_full((len(image),), 0.5, dtype=torch.float64)
-        (row_loss, row_side), (col_loss, col_side) = (
-            normalise(stats.T, scale, weight, None, False) for stats in (rows, cols.total())
+        losses, (row_side, col_side) = normalise(
+            [(stats.T, weight, None) for stats in (rows, cols.total())], scale, exclude_positive=False
         )
         ctx.unit = world_size / sum(sizes)
         ctx.sizes, ctx.wanted, ctx.local_loss = sizes, wanted, local_loss
         ctx.save_for_backward(image, text, scale, row_side, col_side, torch.stack(shifts), *kept)
-        loss = (row_loss.sum() + col_loss.sum()) * ctx.unit
+        loss = losses.sum() * ctx.unit
         return (loss if local_loss else distributed.mean(loss)).float()
 
     @staticmethod

@@ -25,8 +25,9 @@ dot_ij.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -212,23 +213,30 @@ def _smoothing(
         return scale.float() * each.where(row_mask, 0).sum() / row_mask.sum().clamp(min=1)
 
 
-class Normalised(NamedTuple):
-    """What `normalise` makes of one side's sums: terms of the loss in float64, and shift, factor, target (3, n)."""
-
-    loss: Tensor
-    side: Tensor
+Side = tuple[Tensor, Tensor, Tensor | None]
 
 
-def normalise(stats: Tensor, scale: Tensor, weight: Tensor, count: Tensor | None, exclude_positive: bool) -> Normalised:
-    """Loss terms and backward's shift, factor and target of the rows, or of the columns.
+def normalise(sides: Sequence[Side], scale: Tensor, exclude_positive: bool) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and what backward reads of the rows, or of rows and columns.
 
     Args:
-        stats (3, n): as a backend's forward returns them, complete over all columns.
-        weight (n,): of each row's loss, 0 where it has none.
-        count (n,): positives of each row with groups, None without.
+        sides: of the rows, and of the columns, each
+
+            - stats (3, n): as a backend's forward returns them, complete over all columns;
+            - weight (n,): float64, of each row's loss, 0 where it has none;
+            - count (n,): positives of each row with groups, None without.
+    Returns:
+        terms of the loss, to be summed, in float64; for each side shift, factor and target (3, n) in float32.
     """
-    if choose("info_nce", IMPLS, stats) is IMPLS["triton"]:
-        return Normalised(*_kernels().normalise(stats, scale, weight, count, exclude_positive))
+    if choose("info_nce", IMPLS, scale) is IMPLS["triton"]:
+        found: tuple[Tensor, list[Tensor]] = _kernels().normalise(sides, scale, exclude_positive)
+        return found
+    losses, normalised = zip(*(_normalise(side, scale, exclude_positive) for side in sides), strict=True)
+    return torch.cat(losses), list(normalised)
+
+
+def _normalise(side: Side, scale: Tensor, exclude_positive: bool) -> tuple[Tensor, Tensor]:
+    stats, weight, count = side
     shift, total, dot = stats.double()
     positive = dot * (scale.double() * LOG2E)
     log_total = total.log2() + shift
@@ -242,8 +250,7 @@ def normalise(stats: Tensor, scale: Tensor, weight: Tensor, count: Tensor | None
         each = count.clamp(min=1)
         loss = (log_total - positive / each) * math.log(2)
         factor, target = weight / total, weight / each
-    loss = torch.where(weight == 0, 0, weight * loss)
-    return Normalised(loss, torch.stack([shift, factor, target]).float())
+    return torch.where(weight == 0, 0, weight * loss), torch.stack([shift, factor, target]).float()
 
 
 def _weights(
@@ -454,14 +461,12 @@ def _forward(
     row_weight, col_weight, row_count, col_count, unit = _weights(
         image, text, row_mask, (row_codes, col_codes), label_offset, bidirectional
     )
-    loss, rows = normalise(row_stats, scale, row_weight, row_count, exclude_positive)
-    total = loss.sum()
+    sides: list[Side] = [(row_stats, row_weight, row_count)]
     if bidirectional:
-        loss, cols = normalise(col_stats, scale, col_weight, col_count, exclude_positive)
-        total = total + loss.sum()
-    else:
-        cols = rows.new_zeros(3, text.shape[0])
-    return (total * unit).float(), rows, cols, shift, kept, unit.float()
+        sides.append((col_stats, col_weight, col_count))
+    loss, (rows, *cols) = normalise(sides, scale, exclude_positive)
+    columns = cols[0] if cols else rows.new_zeros(3, text.shape[0])
+    return (loss.sum() * unit).float(), rows, columns, shift, kept, unit.float()
 
 
 def _backward(
