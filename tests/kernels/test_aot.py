@@ -43,11 +43,13 @@ def compiled(target: str) -> dict:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_table_keeps_within_the_limits(capability: int) -> None:
     rows = {name: row for name, row in TABLE[f"sm_{capability}"].items() if name.startswith(("info_nce", "sigmoid"))}
-    assert len(rows) == 16
+    assert len(rows) == 19
     for name, row in rows.items():
         assert row["registers"] <= 255, name
         assert (row["stack"], row["spills"]) == (0, 0), name
         assert row["shared"] <= SHARED_LIMIT[capability], name
+        if name in ("info_nce sums", "info_nce normalise", "info_nce finish"):  # O(N): without products
+            continue
         assert row["matrix"] == MATRIX.get(capability, "mma.sync"), name
         if name.startswith(("info_nce exp_sums", "sigmoid_loss")):  # one exponential per logit
             assert row["exps_per_thread"] == row["logits_per_thread"], name
@@ -59,7 +61,10 @@ def test_patch_embed_keeps_within_the_limits(capability: int) -> None:
     assert len(rows) == 12
     for name, row in rows.items():
         assert row["registers"] <= 255, name
-        assert (row["stack"], row["spills"]) == (0, 0), name
+        # Of patches of 14 pixels with padding and keep. On an H100 tiles that need no stack were slower.
+        stack = 408 if capability == 90 and name.startswith("patch_embed tokens") else 0
+        assert row["stack"] <= stack, name
+        assert row["spills"] == 0, name
         assert row["shared"] <= SHARED_LIMIT[capability], name
         assert row["matrix"] == MATRIX.get(capability, "mma.sync"), name
 
