@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from vlmfast.kernels.products import rounded
+from vlmfast.kernels.products import ceil_div, rounded
 
 import triton
 import triton.language as tl
@@ -82,7 +82,7 @@ def forward(residual: Tensor, hidden: Tensor, gate: Tensor, row_mask: Tensor | N
     out = residual.new_empty(count, dim)
     with torch.cuda.device_of(residual):
         factor = _factor(gate, tanh)
-        forward_kernel[(triton.cdiv(count, ROWS), triton.cdiv(dim, COLUMNS))](
+        forward_kernel[(ceil_div(count, ROWS), ceil_div(dim, COLUMNS))](
             residual, hidden, factor, factor if row_mask is None else row_mask.contiguous(), out, count, dim,
             *residual.stride(), *hidden.stride(), **_meaning(gate, row_mask),
         )  # fmt: skip
@@ -100,14 +100,14 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """hidden_grad (rows, D), gate_grad of gate's shape; (0,) where not wanted."""
     count, dim = grad.shape
-    per_program = triton.cdiv(triton.cdiv(count, PROGRAMS), ROWS) * ROWS
-    programs = triton.cdiv(count, per_program)
+    per_program = ceil_div(ceil_div(count, PROGRAMS), ROWS) * ROWS
+    programs = ceil_div(count, per_program)
     d_hidden = hidden.new_empty((count, dim) if hidden_grad else 0)
     d_gate = gate.new_empty(0)
     partial = grad.new_empty((programs, dim) if gate_grad else 0, dtype=torch.float32)
     with torch.cuda.device_of(grad):
         factor = _factor(gate, tanh)
-        backward_kernel[(programs, triton.cdiv(dim, COLUMNS))](
+        backward_kernel[(programs, ceil_div(dim, COLUMNS))](
             grad, hidden, factor, factor if row_mask is None else row_mask.contiguous(), d_hidden, partial,
             count, dim, per_program, *grad.stride(), *hidden.stride(), **_meaning(gate, row_mask),
             HIDDEN_GRAD=hidden_grad, GATE_GRAD=gate_grad,

@@ -23,6 +23,7 @@ from vlmfast.kernels.pairs import (
     on_the_diagonal,
     store_gradient,
 )
+from vlmfast.kernels.products import ceil_div
 
 import triton
 import triton.language as tl
@@ -317,12 +318,12 @@ def forward(
     shift = image.new_empty((), dtype=torch.float32)
     of_cols = m if columns else 0
     stats = image.new_zeros((3, n + of_cols), dtype=torch.float32)
-    col_tiles = triton.cdiv(m, config.block_n)
+    col_tiles = ceil_div(m, config.block_n)
     planes = 2 if groups else 1  # the sums, and those of the positives' dots where there may be several
     with _device_of(image):
         for first in range(0, n, CHUNK):
             height = min(CHUNK, n - first)
-            row_tiles = triton.cdiv(height, config.block_m)
+            row_tiles = ceil_div(height, config.block_m)
             partial_rows = image.new_empty((planes, col_tiles, row_tiles * config.block_m), dtype=torch.float32)
             partial_cols = image.new_empty((planes, row_tiles, of_cols), dtype=torch.float32)
             row_dots, col_dots = (partial_rows[1], partial_cols[1]) if groups else (stats[2], stats[2, n:])
@@ -331,11 +332,11 @@ def forward(
                 n, m, dim, label_offset, first,
                 SPLIT=split, GROUPS=groups, COLUMNS=columns, KEEP=keep, **config.options,
             )  # fmt: skip
-            sums_kernel[(triton.cdiv(height, SUMMED) + triton.cdiv(of_cols, SUMMED), planes)](
+            sums_kernel[(ceil_div(height, SUMMED) + ceil_div(of_cols, SUMMED), planes)](
                 partial_rows, partial_cols, stats, stats.shape[1], height, partial_rows.shape[2], of_cols, n, first,
                 row_tiles, col_tiles, BLOCK=SUMMED, TILES=32,
             )  # fmt: skip
-        online_kernel[(triton.cdiv(n, config.block_m) + triton.cdiv(of_cols, config.block_n),)](
+        online_kernel[(ceil_div(n, config.block_m) + ceil_div(of_cols, config.block_n),)](
             *x, *y, scale, *codes, shift, stats, stats.shape[1], n, m, dim, label_offset,
             SPLIT=split, GROUPS=groups, **online_config(config).options,
         )  # fmt: skip
@@ -352,7 +353,7 @@ def normalise(
         n = stats.shape[1]
         found.append(stats.new_empty((3, n)))
         arguments += [stats, stats.stride(0), weight, _or(count, weight), found[-1], n]
-        programs += triton.cdiv(n, NORMALISED)
+        programs += ceil_div(n, NORMALISED)
     if len(sides) == 1:
         arguments += arguments
     losses = weight.new_empty(programs)
@@ -392,10 +393,10 @@ def backward(
     with _device_of(image):
         for first_row in range(0, n, CHUNK):
             height = min(CHUNK, n - first_row)
-            row_tiles = triton.cdiv(height, config.block_m)
+            row_tiles = ceil_div(height, config.block_m)
             for first_col in range(0, m, CHUNK):
                 width = min(CHUNK, m - first_col)
-                col_tiles = triton.cdiv(width, config.block_n)
+                col_tiles = ceil_div(width, config.block_n)
                 chunk = pairs.gradient_chunk(image, row_tiles * config.block_m, col_tiles * config.block_n, split)
                 gradient_kernel[(row_tiles, col_tiles)](
                     *x, *y, scale, rows, cols, shift, kept, _or(row_codes, scale), _or(col_codes, scale), chunk,

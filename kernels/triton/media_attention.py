@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vlmfast.kernels.products import capability, loaded, precision, rounded
+from vlmfast.kernels.products import capability, ceil_div, loaded, precision, rounded
 from vlmfast.kernels.products import unsupported as device_unsupported
 
 import triton
@@ -338,7 +338,7 @@ def forward(
     config = _config(q, v, backward=False)
     with torch.cuda.device_of(q):
         rows = _rows(q, k, media_lo, media_hi, media_len, tokens_per_media, empty_all, config.rows)
-        forward_kernel[(triton.cdiv(length, config.rows), batch * heads)](
+        forward_kernel[(ceil_div(length, config.rows), batch * heads)](
             q, k, v, out, lse, *rows, _or(media_len, rows[0]), _or(key_bias, lse),
             *_sizes(q, k), tokens_per_media, scale, *q.stride(), *k.stride(), *v.stride(),
             **_meaning(q, v, media_len, key_bias, empty_all), ROWS=config.rows, KEYS=config.keys,
@@ -373,7 +373,7 @@ def backward(
     dv = q.new_empty(batch, total, kv_heads, v_dim).transpose(1, 2) if kv_grad else empty
     delta = torch.empty_like(lse)
     config, meaning = _config(q, v, backward=True), _meaning(q, v, media_len, key_bias, empty_all)
-    tiles = triton.cdiv(length, config.rows)
+    tiles = ceil_div(length, config.rows)
     with torch.cuda.device_of(q):
         rows = _rows(q, k, media_lo, media_hi, media_len, tokens_per_media, empty_all, config.rows)
         delta_kernel[(tiles, batch * heads)](
@@ -387,7 +387,7 @@ def backward(
         if q_grad:
             query_grad_kernel[(tiles, batch * heads)](grad_out, q, k, v, lse, delta, dq, *inputs, *strides, **options)
         if kv_grad:
-            key_grad_kernel[(triton.cdiv(total, config.keys), batch * kv_heads)](
+            key_grad_kernel[(ceil_div(total, config.keys), batch * kv_heads)](
                 grad_out, q, k, v, lse, delta, dk, dv, *inputs, *strides, **options
             )
     return dq, dk, dv
@@ -406,7 +406,7 @@ def _rows(
     """first and last key of each row (B, Lq), and of each tile of rows (B, tiles); int32."""
     batch, length = q.shape[0], q.shape[2]
     first, last = (q.new_empty(batch, length, dtype=torch.int32) for _ in range(2))
-    tiles = triton.cdiv(length, tile)
+    tiles = ceil_div(length, tile)
     tile_first, tile_last = (q.new_empty(batch, tiles, dtype=torch.int32) for _ in range(2))
     rows_kernel[(tiles, batch)](
         _or(media_lo, first), _or(media_hi, first), _or(media_len, first), first, last, tile_first, tile_last,
@@ -430,7 +430,7 @@ def _meaning(
 ) -> dict[str, Any]:
     """The compile-time constants but the tile."""
     dims = {"DIM": q.shape[3], "V_DIM": v.shape[3]}
-    widths = {name.replace("DIM", "WIDTH"): max(16, triton.next_power_of_2(dim)) for name, dim in dims.items()}
+    widths = {name.replace("DIM", "WIDTH"): max(16, 1 << (dim - 1).bit_length()) for name, dim in dims.items()}
     flags = {"LENGTHS": media_len is not None, "BIAS": key_bias is not None, "EMPTY_ALL": empty_all}
     return {**dims, **widths, **flags, "PRECISION": "tf32" if products(q) == "tf32" else "ieee"}
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vlmfast.kernels.products import allows_tf32, capability, rounded
+from vlmfast.kernels.products import allows_tf32, capability, ceil_div, rounded
 
 import triton
 import triton.language as tl
@@ -205,9 +205,9 @@ def finish(
     """
     outs = [x.new_empty(x.shape if store or number else 0) for number, (_, x) in enumerate(parts)]
     (first, features), (last, _) = parts[0], parts[-1]
-    programs = triton.cdiv(first.numel(), FINISHED)
+    programs = ceil_div(first.numel(), FINISHED)
     partial = first.new_empty(programs)
-    more = triton.cdiv(last.numel(), FINISHED) if len(parts) > 1 else 0
+    more = ceil_div(last.numel(), FINISHED) if len(parts) > 1 else 0
     finish_kernel[(programs + more,)](
         first, features.contiguous(), outs[0], first.numel(), last, outs[-1], unit, scale, partial, last.numel(),
         BLOCK=FINISHED, STORE=store,

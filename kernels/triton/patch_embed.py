@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vlmfast.kernels.pairs import Config, Operands, tiles_of
-from vlmfast.kernels.products import DTYPES, capability, loaded, precision, rounded
+from vlmfast.kernels.products import DTYPES, capability, ceil_div, loaded, precision, rounded
 
 import triton
 import triton.language as tl
@@ -188,7 +188,7 @@ def forward(
     unread = operand  # stands for what is not there
     if config.descriptors:
         operand = tiles_of(Operands(operand, operand), config.block_n, config)[0]
-    programs = triton.cdiv(batch * taken, config.block_m) * triton.cdiv(embed, config.block_n)
+    programs = ceil_div(batch * taken, config.block_m) * ceil_div(embed, config.block_n)
     with torch.cuda.device_of(pixels):
         tokens_kernel[(programs,)](
             pixels, _affine(pixels, mean, std), operand, unread if bias is None else bias,
@@ -245,10 +245,10 @@ def _weight_grad(
     total = grad.shape[0] * taken
     packed = _is_packed(pixels)
     config = config_for(capability(pixels), product_dtype == torch.float32, backward=True)
-    tiles = triton.cdiv(embed, config.block_m) * triton.cdiv(weight[0].numel(), config.block_n)
+    tiles = ceil_div(embed, config.block_m) * ceil_div(weight[0].numel(), config.block_n)
     splits = max(1, min(PROGRAMS // tiles, total // MIN_SPLIT))
-    per_split = triton.cdiv(triton.cdiv(total, splits), config.block_k) * config.block_k
-    splits = triton.cdiv(total, per_split)
+    per_split = ceil_div(ceil_div(total, splits), config.block_k) * config.block_k
+    splits = ceil_div(total, per_split)
     partial = pixels.new_empty((splits, embed, weight[0].numel()), dtype=torch.float32)
     weight_grad_kernel[(tiles, splits)](
         grad, pixels, _affine(pixels, mean, std), grad if keep is None else keep.contiguous(), partial,
@@ -275,7 +275,7 @@ def _token_grad(grad: Tensor, keep: Tensor | None, prefix_tokens: int, patches: 
 
 def _grid(pixels: Tensor, weight: Tensor) -> tuple[int, int]:
     """Rows and columns of patches; sides that the patch does not divide are here only to be padded."""
-    return triton.cdiv(pixels.shape[2], weight.shape[2]), triton.cdiv(pixels.shape[3], weight.shape[3])
+    return ceil_div(pixels.shape[2], weight.shape[2]), ceil_div(pixels.shape[3], weight.shape[3])
 
 
 def _is_packed(pixels: Tensor) -> bool:

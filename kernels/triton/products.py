@@ -40,6 +40,11 @@ def precision(tensor: Tensor) -> str:
     return "tf32" if allows_tf32() else "bf16x6"
 
 
+def ceil_div(count: int, size: int) -> int:
+    """triton.cdiv for the host: that one takes microseconds, as it also runs in kernels."""
+    return -(-count // size)
+
+
 def allows_tf32() -> bool:
     """Whether torch may multiply float32 matrices as TF32. Older getters raise where newer setters were used."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

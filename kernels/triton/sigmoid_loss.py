@@ -20,6 +20,7 @@ from vlmfast.kernels.pairs import (
     on_the_diagonal,
     store_gradient,
 )
+from vlmfast.kernels.products import ceil_div
 
 import triton
 import triton.language as tl
@@ -104,10 +105,10 @@ def forward(
     with torch.cuda.device_of(image):
         for first_row in range(0, n, CHUNK):
             height = min(CHUNK, n - first_row)
-            row_tiles = triton.cdiv(height, config.block_m)
+            row_tiles = ceil_div(height, config.block_m)
             for first_col in range(0, m, CHUNK):
                 width = min(CHUNK, m - first_col)
-                col_tiles = triton.cdiv(width, config.block_n)
+                col_tiles = ceil_div(width, config.block_n)
                 shape = (row_tiles * config.block_m, col_tiles * config.block_n) if gradient else (0, 0)
                 chunk = pairs.gradient_chunk(image, *shape, split)
                 sums = image.new_empty((3, row_tiles * col_tiles), dtype=torch.float32)
