@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -34,10 +35,12 @@ def loaded(x):
 
 
 def precision(tensor: Tensor) -> str:
-    """tl.dot's input_precision: float32 products are six of bfloat16, or one of TF32 where torch may."""
+    """tl.dot's input_precision: float32 products are one of TF32 where torch may, else six of bfloat16, or in older
+    versions of Triton three of TF32.
+    """
     if tensor.device.type != "cuda":
         return "ieee"
-    return "tf32" if allows_tf32() else "bf16x6"
+    return "tf32" if allows_tf32() else "bf16x6" if VERSION >= (3, 6) else "tf32x3"
 
 
 def ceil_div(count: int, size: int) -> int:

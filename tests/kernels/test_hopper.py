@@ -120,6 +120,21 @@ def test_patch_embed(patch: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
+def test_the_precision_of_float32_products_is_one_that_triton_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.5, that of torch 2.9, does not know bf16x6."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from vlmfast.kernels import products
+
+    with FakeTensorMode():
+        on_gpu = torch.empty(1, device="cuda")
+    found = {}
+    for version in ((3, 5), (3, 6), (4, 0)):
+        monkeypatch.setattr(products, "VERSION", version)
+        found[version] = products.precision(on_gpu)
+    assert found == {(3, 5): "tf32x3", (3, 6): "bf16x6", (4, 0): "bf16x6"}
+    assert products.precision(torch.empty(1)) == "ieee"
+
+
 @pytest.mark.parametrize("exclude_positive", [False, True])
 @pytest.mark.parametrize("counted", [False, True])
 def test_normalise(exclude_positive: bool, counted: bool) -> None:
