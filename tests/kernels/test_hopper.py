@@ -135,14 +135,11 @@ def test_the_precision_of_float32_products_is_one_that_triton_has(monkeypatch: p
     assert products.precision(torch.empty(1)) == "ieee"
 
 
-@pytest.mark.parametrize("exclude_positive", [False, True])
-@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(("exclude_positive", "counted"), [(False, False), (True, False), (False, True)])
 def test_normalise(exclude_positive: bool, counted: bool) -> None:
     """The kernel's float64 against that of torch: also where there are no negatives, no weight, and far from 1/2."""
     from vlmfast.kernels import info_nce as loss
 
-    if exclude_positive and counted:
-        pytest.skip("makes no sense")
     n = 700
     stats = torch.stack([torch.randint(-300, 300, (n,)).float(), torch.rand(n) * 10, torch.randn(n)])
     stats[0, 5:9], stats[2, 5:9] = torch.tensor([400.0, 60.0, -60.0, -400.0]), 0.0
