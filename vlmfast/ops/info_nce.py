@@ -136,10 +136,11 @@ def info_nce(
             another (exclude_positive with label_smoothing; groups with label_offset, label_smoothing, exclude_positive
             or row_mask); the message names the argument.
         RuntimeError: a second derivative is asked for, or the backend named by VLMFAST_BACKEND cannot run.
-    Memory: O(N*D) recomputed, O(n*N) kept. FLOPs, forward and backward: 8*n*N*D recomputed, 6*n*N*D kept; a side
-    without gradient saves 2*n*N*D. On a GPU, bfloat16 and float16 features are multiplied as float16 with float32 sums,
-    and float32 ones too (in a fraction of the time) where torch may use TF32, torch.backends.cuda.matmul.fp32_precision
-    being "tf32", which is not its default. Repeatable bit for bit for a given number of threads.
+    Memory: O(N*D) recomputed, O(n*N) kept; on a GPU up to 134 MB of the logits' gradient besides, 268 MB in float32.
+    FLOPs, forward and backward: 8*n*N*D recomputed, 6*n*N*D kept; a side without gradient saves 2*n*N*D. On a GPU,
+    bfloat16 and float16 features are multiplied as float16 with float32 sums, and float32 ones too where torch may use
+    TF32, torch.backends.cuda.matmul.fp32_precision being "tf32", which is not its default; else as pairs of float16.
+    Repeatable bit for bit for a given number of threads.
     Source: Radford et al. 2021, figure 3; van den Oord et al. 2018, equation 4; Jia et al. 2021 (label smoothing);
     Fuerst et al. 2022, equation 2 (InfoLOOB).
     """
