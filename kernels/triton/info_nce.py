@@ -308,10 +308,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row_stats (3, n), col_stats (3, m) or (3, 0), shift (), kept, which is dot (and shift infinite) if asked for."""
-    split = pairs.wants_float32(image)
-    config = pairs.config(image, split, row_codes is not None)
-    features = pairs.operands(image, split), pairs.operands(text, split)
-    x, y = pairs.tiles_of(features[0], config.block_m, config), pairs.tiles_of(features[1], config.block_n, config)
+    split, config, _, x, y = pairs.prepare(image, text, row_codes is not None)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
     groups, codes = row_codes is not None, (_or(row_codes, scale), _or(col_codes, scale))
     kept = image.new_empty((n, m) if keep else (0, 0), dtype=torch.float32)
@@ -380,10 +377,7 @@ def backward(
     text_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text (empty where not wanted) and scale."""
-    split = pairs.wants_float32(image)
-    config = pairs.config(image, split, row_codes is not None)
-    features = pairs.operands(image, split), pairs.operands(text, split)
-    x, y = pairs.tiles_of(features[0], config.block_m, config), pairs.tiles_of(features[1], config.block_n, config)
+    split, config, features, x, y = pairs.prepare(image, text, row_codes is not None)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
     # The scale's gradient is read off a feature gradient, so one of the two is always accumulated.
     image_sum = image_grad or not text_grad

@@ -68,10 +68,6 @@ def config_for(capability: int, split: bool, groups: bool, max_block_n: int = 12
     )
 
 
-def config(tensor: Tensor, split: bool, groups: bool, max_block_n: int = 128) -> Config:
-    return config_for(capability(tensor), split, groups, max_block_n)
-
-
 def wants_float32(features: Tensor) -> bool:
     """Whether products must keep float32's accuracy: float32 features, unless torch may use TF32 for them."""
     return features.dtype == torch.float32 and not allows_tf32()
@@ -84,17 +80,14 @@ class Operands(NamedTuple):
     lo: Tensor
 
 
-def tiles_of(features: Operands, rows: int, config: Config) -> tuple[Any, Any]:
-    """hi and lo as the kernels take them: descriptors of tiles of so many rows, or what these replace.
+def descriptor(matrix: Tensor, rows: int, config: Config) -> TensorDescriptor:
+    """Of tiles of so many rows of a matrix of 16-bit numbers.
 
     The hardware wants rows and the first one to begin at multiples of 16 bytes; zeros fill them up.
     """
-    if not config.descriptors:
-        return features
-    hi, lo = (F.pad(t, (0, -t.shape[1] % 8)) if t.shape[1] % 8 or t.data_ptr() % 16 else t for t in features)
-    block = [rows, config.block_k]
-    split = features.lo is not features.hi
-    return TensorDescriptor.from_tensor(hi, block), TensorDescriptor.from_tensor(lo, block) if split else lo
+    if matrix.shape[1] % 8 or matrix.data_ptr() % 16:
+        matrix = F.pad(matrix, (0, -matrix.shape[1] % 8))
+    return TensorDescriptor.from_tensor(matrix, [rows, config.block_k])
 
 
 def operands(features: Tensor, split: bool) -> Operands:
@@ -102,6 +95,35 @@ def operands(features: Tensor, split: bool) -> Operands:
     hi = features.to(torch.float16)
     lo = ((features.float() - hi.float()) * LOW_SCALE.value).to(torch.float16) if split else hi
     return Operands(hi, lo)
+
+
+def tiles_of(features: Operands, rows: int, config: Config, split: bool) -> tuple[Any, Any]:
+    """hi and lo as the kernels take them: descriptors of tiles of so many rows, or what these replace."""
+    if not config.descriptors:
+        return features
+    hi, lo = features
+    return descriptor(hi, rows, config), descriptor(lo, rows, config) if split else lo
+
+
+class Prepared(NamedTuple):
+    """What kernels are launched with: whether products are split, tiles, features, and these as `tiles_of` has them."""
+
+    split: bool
+    config: Config
+    features: tuple[Operands, Operands]
+    x: tuple[Any, Any]
+    y: tuple[Any, Any]
+
+
+def prepare(image: Tensor, text: Tensor, groups: bool, max_block_n: int = 128) -> Prepared:
+    split = wants_float32(image)
+    config = config_for(capability(image), split, groups, max_block_n)
+    features = operands(image, split), operands(text, split)
+    x, y = (
+        tiles_of(side, rows, config, split)
+        for side, rows in zip(features, (config.block_m, config.block_n), strict=True)
+    )
+    return Prepared(split, config, features, x, y)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vlmfast.kernels.pairs import Config, Operands, tiles_of
+from vlmfast.kernels.pairs import Config, descriptor
 from vlmfast.kernels.products import DTYPES, capability, ceil_div, loaded, precision, rounded
 
 import triton
@@ -121,7 +121,7 @@ def tokens_kernel(
         sums += tl.load(bias + cols, mask=cols < embed, other=0.0).to(tl.float32)[None, :]
     if POSITION:
         at = image * position_image + (prefix + patch).to(tl.int64) * position_token
-        places = (position + at)[:, None] + (cols * position_embed)[None, :]
+        places = (position + at)[:, None] + cols[None, :].to(tl.int64) * position_embed
         sums += tl.load(places, mask=inside, other=0.0).to(tl.float32)
     out = (rows + (image + 1) * prefix) * embed
     stored: tl.constexpr = tokens.dtype.element_ty
@@ -187,7 +187,7 @@ def forward(
     config = config_for(capability(pixels), product_dtype == torch.float32, backward=False)
     unread = operand  # stands for what is not there
     if config.descriptors:
-        operand = tiles_of(Operands(operand, operand), config.block_n, config)[0]
+        operand = descriptor(operand, config.block_n, config)
     programs = ceil_div(batch * taken, config.block_m) * ceil_div(embed, config.block_n)
     with torch.cuda.device_of(pixels):
         tokens_kernel[(programs,)](

@@ -93,10 +93,7 @@ def forward(
     text_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sums over all pairs: loss, gradients of image and text (0 rows where not wanted), of scale and bias; float32."""
-    split = pairs.wants_float32(image)
-    config = pairs.config(image, split, row_codes is not None, MAX_BLOCK_N)
-    features = pairs.operands(image, split), pairs.operands(text, split)
-    x, y = pairs.tiles_of(features[0], config.block_m, config), pairs.tiles_of(features[1], config.block_n, config)
+    split, config, features, x, y = pairs.prepare(image, text, row_codes is not None, MAX_BLOCK_N)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
     d_image = image.new_empty((n if image_grad else 0, dim), dtype=torch.float32)
     d_text = image.new_empty((m if text_grad else 0, dim), dtype=torch.float32)
