@@ -5,6 +5,7 @@
 #include <set>
 #include <thread>
 
+#include "gemm.h"
 #include "ops.h"
 #ifdef VLMFAST_CUDA_ARCHS
 #include "cuda/bindings.h"
@@ -30,6 +31,7 @@ pybind11::dict build_info() {
   pybind11::dict info;
   info["cpu_isa"] = vlmfast::cpu_isa();
   info["bf16_products"] = vlmfast::has_bf16_products();
+  info["int16_products"] = vlmfast::wants_int16_schedule();
   info["threads"] = count_threads();
   info["torch"] = VLMFAST_STRING(VLMFAST_TORCH_VERSION);
   info["compiler"] = __VERSION__;
@@ -48,8 +50,7 @@ PYBIND11_MODULE(_C, m) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("build_info", &build_info, "Instruction set in use, and what the extension was built with.");
   m.def("tile_product_gflops", &vlmfast::tile_product_gflops, "For benchmarks: see csrc/ops.h.", release());
-  m.def("force_bf16_schedule", &vlmfast::force_bf16_schedule, pybind11::arg("force"), pybind11::arg("brgemm") = false,
-        "For tests: see csrc/ops.h.");
+  m.def("force_schedule", &vlmfast::force_schedule, "For tests: see csrc/ops.h.");
   m.def("info_nce_forward", &vlmfast::info_nce_forward, release());
   m.def("info_nce_backward", &vlmfast::info_nce_backward, release());
   m.def("patch_embed_forward", &vlmfast::patch_embed_forward, release());

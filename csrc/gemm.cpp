@@ -26,7 +26,7 @@ std::string cpu_isa() {
 
 namespace {
 
-bool bf16_schedule_forced = false, brgemm_forced = false;
+std::string forced_schedule;
 
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
 // Whether oneDNN multiplies bfloat16, in the layout that is relied on here: one product of integers proves it.
@@ -48,7 +48,7 @@ bool has_brgemm() {
 // AMX is oneDNN's: it sets up what AMX needs of the system and of each thread.
 bool uses_brgemm() {
   static const bool amx = cpu_isa() == "avx512" && __builtin_cpu_supports("amx-bf16");
-  return (amx || brgemm_forced) && has_brgemm();
+  return (amx || forced_schedule == "brgemm") && has_brgemm();
 }
 
 void brgemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb, float* c,
@@ -63,6 +63,15 @@ void brgemm(int64_t, int64_t, int64_t, const at::BFloat16*, int64_t, const at::B
 void release_brgemm() {}
 #endif
 
+bool has_vnni() {
+#if defined(__x86_64__)
+  static const bool available = cpu_isa() == "avx512" && __builtin_cpu_supports("avx512vnni");
+  return available;
+#else
+  return false;
+#endif
+}
+
 // The products of pairs of this processor.
 const cpu::ProductKernels& pair_products() {
 #if defined(__x86_64__)
@@ -71,11 +80,27 @@ const cpu::ProductKernels& pair_products() {
   return VLMFAST_KERNELS(product);
 }
 
-const float* as_pairs(const at::BFloat16* data) { return reinterpret_cast<const float*>(data); }
+// Those of int16.
+const cpu::ProductKernels& short_products() {
+#if defined(__x86_64__)
+  if (has_bf16_products()) return cpu::avx512_bf16::product;
+  if (has_vnni()) return cpu::avx512_vnni::product;
+#endif
+  return VLMFAST_KERNELS(product);
+}
+
+template <class T>
+const float* as_pairs(const T* data) {
+  return reinterpret_cast<const float*>(data);
+}
 
 }  // namespace
 
-bool wants_bf16_schedule() { return has_bf16_products() || bf16_schedule_forced; }
+bool wants_bf16_schedule() { return forced_schedule.empty() ? has_bf16_products() : forced_schedule != "int16"; }
+
+bool wants_int16_schedule() {
+  return forced_schedule.empty() ? has_vnni() || cpu_isa() == "avx2" : forced_schedule == "int16";
+}
 
 bool has_bf16_products() {
 #if defined(__x86_64__)
@@ -86,10 +111,7 @@ bool has_bf16_products() {
 #endif
 }
 
-void force_bf16_schedule(bool force, bool brgemm) {
-  bf16_schedule_forced = force;
-  brgemm_forced = brgemm;
-}
+void force_schedule(const std::string& name) { forced_schedule = name; }
 
 void release_thread() {
   if (uses_brgemm()) release_brgemm();
@@ -146,6 +168,18 @@ void transposed_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int
   const auto rows = at::empty({m, k}, at::kBFloat16);
   VLMFAST_KERNELS(tile).transpose(as_pairs(a), lda, k / 2, m, static_cast<float*>(rows.mutable_data_ptr()), k / 2);
   brgemm(m, n, k, rows.const_data_ptr<at::BFloat16>(), k, b, ldb, c, ldc, accumulate);
+}
+
+void tile_gemm(int64_t m, int64_t n, int64_t k, const int16_t* a, int64_t lda, const int16_t* b, int64_t ldb, float* c,
+               int64_t ldc, bool accumulate, const float* row_steps, const float* col_steps) {
+  short_products().multiply_shorts(m, n, k / 2, as_pairs(a), lda / 2, 1, as_pairs(b), ldb, c, ldc, accumulate, row_steps,
+                                   col_steps);
+}
+
+void transposed_gemm(int64_t m, int64_t n, int64_t k, const int16_t* a, int64_t lda, const int16_t* b, int64_t ldb, float* c,
+                     int64_t ldc, bool accumulate, const float* row_steps, const float* col_steps) {
+  short_products().multiply_shorts(m, n, k / 2, as_pairs(a), 1, lda, as_pairs(b), ldb, c, ldc, accumulate, row_steps,
+                                   col_steps);
 }
 
 namespace {

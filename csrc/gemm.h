@@ -55,8 +55,17 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t l
 void transposed_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
                      float* c, int64_t ldc, bool accumulate);
 
-// Whether bfloat16 features are to be multiplied as such: the processor can, or `force_bf16_schedule` was called.
+// And for int16 operands, in the same layout: c[i, j] = row_steps[i] * col_steps[j] * (a b)[i, j]; col_steps is null for ones.
+void tile_gemm(int64_t m, int64_t n, int64_t k, const int16_t* a, int64_t lda, const int16_t* b, int64_t ldb, float* c,
+               int64_t ldc, bool accumulate, const float* row_steps, const float* col_steps);
+void transposed_gemm(int64_t m, int64_t n, int64_t k, const int16_t* a, int64_t lda, const int16_t* b, int64_t ldb, float* c,
+                     int64_t ldc, bool accumulate, const float* row_steps, const float* col_steps);
+
+// Whether bfloat16 operands are to be multiplied as such.
 bool wants_bf16_schedule();
+
+// Whether features of 16 bits are else to be multiplied as int16: with AVX-512 VNNI or AVX2 that is faster than float32.
+bool wants_int16_schedule();
 
 // Tensors that outlive the call. Fresh memory costs as much as a quarter of the whole op in page faults, so that of the last
 // `count` calls serves again once nobody else holds it: a training loop needs it in every step.

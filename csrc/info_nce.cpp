@@ -95,7 +95,7 @@ void sweep(const FeatureTiles& tiles, const Positives& positives, float scale, f
   row.reset(tiles.n, online ? -kInfinity : shift);
   col.reset(columns ? tiles.m : 0, online ? -kInfinity : shift);
   const float excluded = online ? std::copysign(kInfinity, -scale) : (shift - 200) / scale;  // its power of two is 0
-  const auto buffers = at::empty({tiles.bands, tiles.tile_rows * tiles.tile_cols}, tiles.image.options());
+  const auto buffers = at::empty({tiles.bands, tiles.tile_rows * tiles.tile_cols}, at::kFloat);
   const int64_t stride = tiles.tile_cols;
   for_each_tile(tiles, [&](const Tile& tile) {
     float* dots = buffers.mutable_data_ptr<float>() + tile.band * tiles.tile_rows * stride;
@@ -137,6 +137,18 @@ struct Side {
   }
 };
 
+// sum of sums * features over all entries; some rows at a time are made float32 for it.
+double total_product(const at::Tensor& sums, const at::Tensor& features) {
+  constexpr int64_t block = 256;
+  double total = 0.0;
+  for (int64_t first = 0; first < sums.size(0); first += block) {
+    const int64_t rows = std::min(block, sums.size(0) - first);
+    const auto left = sums.narrow(0, first, rows), right = features.narrow(0, first, rows).to(at::kFloat).contiguous();
+    total += VLMFAST_KERNELS(tile).dot(left.const_data_ptr<float>(), right.const_data_ptr<float>(), left.numel());
+  }
+  return total;
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
@@ -146,7 +158,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
   const Positives positives(label_offset, row_codes, col_codes);
   const float scale2 = base2_scale(scale);
   static HeldBuffers exponentials(1);
-  auto kept = keep ? exponentials.take({tiles.n, tiles.m}, at::kFloat, true) : at::empty({0, 0}, tiles.image.options());
+  auto kept = keep ? exponentials.take({tiles.n, tiles.m}, at::kFloat, true) : at::empty({0, 0}, at::kFloat);
   Sums row, col;
   // Unit-norm features have logits in [-s, s]: a shift 70 below the top leaves room for the sums above it.
   float shift = std::rint(std::abs(scale2) - float(70 * kLog2e));
@@ -176,11 +188,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
   const float scale2 = base2_scale(scale), one_shift = shift.item<float>();
   const bool online = std::isinf(one_shift);
 
-  auto d_image = at::empty({image_sum ? tiles.n : 0, tiles.dim}, tiles.image.options());
-  auto d_text = at::empty({text_grad ? tiles.m : 0, tiles.dim}, tiles.image.options());
+  // In float32 these are what is returned; else a rounded copy is, and the sums serve again.
+  static HeldBuffers gradients(2);
+  const bool held = image.scalar_type() != at::kFloat;
+  const auto sums = [&](int64_t rows) {
+    return held && rows ? gradients.take({rows, tiles.dim}, at::kFloat, true) : at::empty({rows, tiles.dim}, at::kFloat);
+  };
+  auto d_image = sums(image_sum ? tiles.n : 0), d_text = sums(text_grad ? tiles.m : 0);
   float* d_image_data = image_sum ? d_image.mutable_data_ptr<float>() : nullptr;
   float* d_text_data = text_grad ? d_text.mutable_data_ptr<float>() : nullptr;
-  const auto buffers = at::empty({tiles.bands, 2, tiles.tile_rows * tiles.tile_cols}, tiles.image.options());
+  const auto buffers = at::empty({tiles.bands, 2, tiles.tile_rows * tiles.tile_cols}, at::kFloat);
   const int64_t stride = tiles.tile_cols, size = tiles.tile_rows * stride;
   for_each_tile(tiles, [&](const Tile& tile) {
     float *values = buffers.mutable_data_ptr<float>() + tile.band * 2 * size, *scratch = values + size;
@@ -205,9 +222,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
   });
 
   const auto unit32 = unit.to(at::kFloat);
-  const at::Tensor &d = image_sum ? d_image : d_text, &features = image_sum ? tiles.image : tiles.text;
-  const auto d_scale =
-      unit32.mul(VLMFAST_KERNELS(tile).dot(d.const_data_ptr<float>(), features.const_data_ptr<float>(), d.numel()));
+  const auto d_scale = unit32.mul(total_product(image_sum ? d_image : d_text, image_sum ? image : text));
   const auto factor = unit32.mul(scale.to(at::kFloat));
   const auto finish = [&](at::Tensor& gradient, bool wanted, const at::Tensor& like) {
     return wanted ? gradient.mul_(factor).to(like.scalar_type()) : at::empty({0}, like.options());

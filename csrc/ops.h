@@ -77,7 +77,8 @@ bool has_bf16_products();
 // GFLOP/s of tile products on operands that stay in cache, on all threads: what the loops of the losses could reach at most.
 double tile_product_gflops(bool bf16);
 
-// Takes the bfloat16 schedule on any processor and, with brgemm, oneDNN's products, as where there is AMX; for tests.
-void force_bf16_schedule(bool force, bool brgemm);
+// For tests, on any processor: "bfloat16" multiplies bfloat16 features as such, "brgemm" with oneDNN's products, as where there
+// is AMX; "int16" both 16-bit dtypes as int16; "" goes back to what this processor does.
+void force_schedule(const std::string& name);
 
 }  // namespace vlmfast

@@ -32,11 +32,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
     std::iota(col_ids.begin(), col_ids.end(), 0);
   }
 
-  auto d_image = at::empty({image_grad ? tiles.n : 0, tiles.dim}, tiles.image.options());
-  auto d_text = at::empty({text_grad ? tiles.m : 0, tiles.dim}, tiles.image.options());
+  auto d_image = at::empty({image_grad ? tiles.n : 0, tiles.dim}, at::kFloat);
+  auto d_text = at::empty({text_grad ? tiles.m : 0, tiles.dim}, at::kFloat);
   float* d_image_data = image_grad ? d_image.mutable_data_ptr<float>() : nullptr;
   float* d_text_data = text_grad ? d_text.mutable_data_ptr<float>() : nullptr;
-  const auto buffers = at::empty({tiles.bands, 2, tiles.tile_rows * tiles.tile_cols}, tiles.image.options());
+  const auto buffers = at::empty({tiles.bands, 2, tiles.tile_rows * tiles.tile_cols}, at::kFloat);
   const int64_t stride = tiles.tile_cols, size = tiles.tile_rows * stride;
   std::vector<cpu::SigmoidSums> sums(tiles.bands);
   for_each_tile(tiles, [&](const Tile& tile) {

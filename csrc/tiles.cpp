@@ -2,14 +2,19 @@
 
 #include <ATen/Functions.h>
 
+#include <cmath>
+#include <tuple>
+#include <utility>
+
 namespace vlmfast {
 
 namespace {
 
 // (rows, D) with zeros after them: rows up to a multiple of `multiple`, D up to an even number where `pairs`.
 at::Tensor padded(const at::Tensor& features, int64_t multiple, bool pairs) {
-  const int64_t rows = features.size(0), more = pairs ? features.size(1) % 2 : 0;
-  return at::constant_pad_nd(features, {0, more, 0, ceil_div(rows, multiple) * multiple - rows});
+  const int64_t rows = features.size(0), more_rows = ceil_div(rows, multiple) * multiple - rows;
+  const int64_t more_cols = pairs ? features.size(1) % 2 : 0;
+  return more_rows || more_cols ? at::constant_pad_nd(features, {0, more_cols, 0, more_rows}) : features;
 }
 
 // As right-hand sides of products over D: whole tiles of `tile` rows, (tiles, D / 2, tile, 2).
@@ -28,15 +33,45 @@ const cpu::TileKernels& kernels() { return VLMFAST_KERNELS(tile); }
 
 int64_t even(int64_t count) { return count + count % 2; }
 
+// Features of 16 bits as int16, and the step of each row.
+std::pair<at::Tensor, at::Tensor> fixed_point(const at::Tensor& features) {
+  const auto rows = features.contiguous();
+  const int64_t count = rows.size(0), dim = rows.size(1);
+  auto values = at::empty({count, dim}, at::kShort), steps = at::empty({count}, at::kFloat);
+  at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+    kernels().fixed_point(static_cast<const uint16_t*>(rows.const_data_ptr()) + begin * dim, dim,
+                          rows.scalar_type() == at::kBFloat16, end - begin, dim,
+                          values.mutable_data_ptr<int16_t>() + begin * dim, dim, steps.mutable_data_ptr<float>() + begin);
+  });
+  return {values, steps};
+}
+
+// How long, in steps, something may be whose product with columns of any kMaxTile rows of `values` is still an int32.
+float limit_beside(const at::Tensor& values) {
+  const int64_t rows = values.size(0), dim = values.size(1), blocks = ceil_div(rows, cpu::kMaxTile);
+  auto squares = at::zeros({blocks + 1, dim}, at::kFloat);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * cpu::kMaxTile; i < std::min(rows, end * cpu::kMaxTile); ++i) {
+      const int16_t* row = values.const_data_ptr<int16_t>() + i * dim;
+      float* sums = squares.mutable_data_ptr<float>() + i / cpu::kMaxTile * dim;
+      for (int64_t k = 0; k < dim; ++k) sums[k] += float(row[k]) * float(row[k]);
+    }
+  });
+  // Any kMaxTile rows lie in two blocks.
+  const float most = at::add(squares.narrow(0, 0, blocks), squares.narrow(0, 1, blocks)).max().item<float>();
+  return std::min(32700.0f, 2.1e9f / std::sqrt(std::max(most, 1.0f)));
+}
+
 }  // namespace
 
-FeatureTiles::FeatureTiles(const at::Tensor& image_, const at::Tensor& text_, bool with_dot, bool image_grad, bool text_grad)
-    : n(image_.size(0)),
-      m(text_.size(0)),
-      dim(image_.size(1)),
-      image(image_.to(at::kFloat).contiguous()),
-      text(text_.to(at::kFloat).contiguous()),
-      bf16_(image_.scalar_type() == at::kBFloat16 && wants_bf16_schedule()) {
+FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool with_dot, bool image_grad, bool text_grad)
+    : n(image.size(0)),
+      m(text.size(0)),
+      dim(image.size(1)),
+      operands_(image.scalar_type() == at::kFloat                                ? kFloat32
+                : image.scalar_type() == at::kBFloat16 && wants_bf16_schedule() ? kBFloat16
+                : wants_int16_schedule()                                        ? kInt16
+                                                                                : kFloat32) {
   const int64_t most_bands = std::min({int64_t(at::get_num_threads()), ceil_div(n, 64), ceil_div(m, kCols)});
   band_rows = even(ceil_div(n, std::max<int64_t>(1, most_bands)));
   bands = ceil_div(n, band_rows);
@@ -44,59 +79,107 @@ FeatureTiles::FeatureTiles(const at::Tensor& image_, const at::Tensor& text_, bo
   // The columns of the widest band, which the others wait for.
   const auto widest = [&](int64_t cols) { return std::min(m, ceil_div(ceil_div(m, cols), bands) * cols); };
   tile_cols = widest(kMostCols) > widest(kCols) ? kCols : kMostCols;
-  if (bf16_) {
-    if (with_dot) {
-      image_bf16_ = padded(image_, 1, true).contiguous();
-      text_bf16_ = paired_along_dim(text_, tile_cols);
-    }
-    if (image_grad) text_row_pairs_ = paired_along_rows(text_);
-    if (text_grad) image_row_pairs_ = paired_along_rows(image_);
-  } else if (with_dot) {
+  if (operands_ == kFloat32) {
+    image_ = image.to(at::kFloat).contiguous();
+    text_ = text.to(at::kFloat).contiguous();
+    if (!with_dot) return;
     const int64_t count = ceil_div(m, tile_cols);
-    panels_ = at::empty({count, dim, tile_cols}, image.options());
+    panels_ = at::empty({count, dim, tile_cols}, at::kFloat);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         const int64_t first = j * tile_cols;
-        kernels().transpose(text.const_data_ptr<float>() + first * dim, dim, std::min(tile_cols, m - first), dim,
+        kernels().transpose(text_.const_data_ptr<float>() + first * dim, dim, std::min(tile_cols, m - first), dim,
                             panels_.mutable_data_ptr<float>() + first * dim, tile_cols);
       }
     });
+    return;
   }
+  auto rows = image, cols = text;
+  if (operands_ == kInt16) {
+    std::tie(rows, image_steps_) = fixed_point(image);
+    std::tie(cols, text_steps_) = fixed_point(text);
+    if (image_grad) text_limit_ = limit_beside(cols);
+    if (text_grad) image_limit_ = limit_beside(rows);
+  }
+  if (with_dot) {
+    image_ = padded(rows, 1, true).contiguous();
+    text_ = paired_along_dim(cols, tile_cols);
+  }
+  if (image_grad) text_row_pairs_ = paired_along_rows(cols);
+  if (text_grad) image_row_pairs_ = paired_along_rows(rows);
 }
 
 void FeatureTiles::dot(const Tile& tile, float* out) const {
-  if (bf16_)
-    tile_gemm(tile.rows, tile.cols, even(dim), image_bf16_.const_data_ptr<at::BFloat16>() + tile.row * even(dim), even(dim),
-              text_bf16_.const_data_ptr<at::BFloat16>() + tile.col * even(dim), tile_cols, out, tile_cols, false);
+  const int64_t row = tile.row * even(dim), col = tile.col * even(dim);
+  if (operands_ == kInt16)
+    tile_gemm(tile.rows, tile.cols, even(dim), image_.const_data_ptr<int16_t>() + row, even(dim),
+              text_.const_data_ptr<int16_t>() + col, tile_cols, out, tile_cols, false,
+              image_steps_.const_data_ptr<float>() + tile.row, text_steps_.const_data_ptr<float>() + tile.col);
+  else if (operands_ == kBFloat16)
+    tile_gemm(tile.rows, tile.cols, even(dim), image_.const_data_ptr<at::BFloat16>() + row, even(dim),
+              text_.const_data_ptr<at::BFloat16>() + col, tile_cols, out, tile_cols, false);
   else
-    tile_gemm(tile.rows, tile.cols, dim, image.const_data_ptr<float>() + tile.row * dim, dim,
+    tile_gemm(tile.rows, tile.cols, dim, image_.const_data_ptr<float>() + tile.row * dim, dim,
               panels_.const_data_ptr<float>() + tile.col * dim, tile_cols, out, tile_cols, false);
 }
 
 void FeatureTiles::add_gradients(const Tile& tile, const float* values, float* scratch, float* d_image, float* d_text) const {
-  float *image_rows = d_image + tile.row * dim, *text_rows = d_text + tile.col * dim;
-  if (!bf16_) {
-    if (d_text)
-      transposed_gemm(tile.cols, dim, tile.rows, values, tile_cols, image.const_data_ptr<float>() + tile.row * dim, dim,
-                      text_rows, dim, !tile.first_of_cols);
-    if (d_image)
-      tile_gemm(tile.rows, dim, tile.cols, values, tile_cols, text.const_data_ptr<float>() + tile.col * dim, dim, image_rows,
-                dim, !tile.first_of_rows);
-    return;
+  float* image_rows = d_image ? d_image + tile.row * dim : nullptr;
+  float* text_rows = d_text ? d_text + tile.col * dim : nullptr;
+  // Products of 16 bits go over pairs; the second of the last pair may be none, and what stands there must be finite.
+  if (operands_ != kFloat32 && tile.cols % 2) std::fill_n(scratch, tile_rows * tile_cols, 0.0f);
+  switch (operands_) {
+    case kFloat32:
+      return add_float32(tile, values, image_rows, text_rows);
+    case kBFloat16:
+      return add_bfloat16(tile, values, scratch, image_rows, text_rows);
+    case kInt16:
+      return add_int16(tile, values, scratch, image_rows, text_rows);
   }
+}
+
+void FeatureTiles::add_float32(const Tile& tile, const float* values, float* image_rows, float* text_rows) const {
+  if (text_rows)
+    transposed_gemm(tile.cols, dim, tile.rows, values, tile_cols, image_.const_data_ptr<float>() + tile.row * dim, dim,
+                    text_rows, dim, !tile.first_of_cols);
+  if (image_rows)
+    tile_gemm(tile.rows, dim, tile.cols, values, tile_cols, text_.const_data_ptr<float>() + tile.col * dim, dim, image_rows,
+              dim, !tile.first_of_rows);
+}
+
+void FeatureTiles::add_bfloat16(const Tile& tile, const float* values, float* scratch, float* image_rows,
+                                float* text_rows) const {
   auto* rounded = reinterpret_cast<at::BFloat16*>(scratch);
-  if (d_text) {
+  if (text_rows) {
     kernels().pair_rows(values, tile_cols, tile.rows, tile.cols, scratch, tile_cols);
     transposed_gemm(tile.cols, dim, even(tile.rows), rounded, tile_cols,
                     image_row_pairs_.const_data_ptr<at::BFloat16>() + tile.row * dim, dim, text_rows, dim,
                     !tile.first_of_cols);
   }
-  if (d_image) {
-    // Products go over pairs; the second of the last pair may be none, and what stands there must be finite.
-    if (tile.cols % 2) std::fill_n(scratch, tile_rows * tile_cols / 2, 0.0f);
+  if (image_rows) {
     kernels().narrow(values, tile_cols, true, tile.rows, tile.cols, reinterpret_cast<uint16_t*>(rounded), tile_cols);
     tile_gemm(tile.rows, dim, even(tile.cols), rounded, tile_cols,
               text_row_pairs_.const_data_ptr<at::BFloat16>() + tile.col * dim, dim, image_rows, dim, !tile.first_of_rows);
+  }
+}
+
+void FeatureTiles::add_int16(const Tile& tile, const float* values, float* scratch, float* image_rows,
+                             float* text_rows) const {
+  auto* counts = reinterpret_cast<int16_t*>(scratch);
+  float steps[cpu::kMaxTile];
+  if (text_rows) {
+    kernels().quantise_columns(values, tile_cols, tile.rows, tile.cols, image_steps_.const_data_ptr<float>() + tile.row,
+                               image_limit_, scratch, tile_cols, steps);
+    transposed_gemm(tile.cols, dim, even(tile.rows), counts, tile_cols,
+                    image_row_pairs_.const_data_ptr<int16_t>() + tile.row * dim, dim, text_rows, dim, !tile.first_of_cols,
+                    steps, nullptr);
+  }
+  if (image_rows) {
+    kernels().quantise_rows(values, tile_cols, tile.rows, tile.cols, text_steps_.const_data_ptr<float>() + tile.col,
+                            text_limit_, counts, tile_cols, steps);
+    tile_gemm(tile.rows, dim, even(tile.cols), counts, tile_cols,
+              text_row_pairs_.const_data_ptr<int16_t>() + tile.col * dim, dim, image_rows, dim, !tile.first_of_rows, steps,
+              nullptr);
   }
 }
 

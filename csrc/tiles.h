@@ -23,8 +23,9 @@ struct Tile {
   bool first_of_rows, first_of_cols;
 };
 
-// Features (n, D) and (m, D) in the forms that tile products read: float32 or, where both are bfloat16 and the processor
-// multiplies it, bfloat16 with float32 sums.
+// Features (n, D) and (m, D) in the forms that tile products read: float32 or, where they have 16 bits and the processor
+// multiplies that faster, bfloat16 with float32 sums or int16 with exact ones. As int16 each row of features counts in steps of
+// its own, as fine as float16's, and so does each row and column of a swept tile.
 class FeatureTiles {
  public:
   // with_dot: `dot` will be called; image_grad, text_grad: `add_gradients` will be, for these sides.
@@ -33,7 +34,6 @@ class FeatureTiles {
   int64_t n, m, dim;
   int64_t bands, band_rows;      // bands of equal shares of the rows
   int64_t tile_rows, tile_cols;  // a tile's at most; tile_cols is kMostCols, or kCols where that shares columns more equally
-  at::Tensor image, text;               // float32, contiguous
 
   // out (tile.rows, tile.cols), row stride tile_cols.
   void dot(const Tile& tile, float* out) const;
@@ -43,10 +43,17 @@ class FeatureTiles {
   void add_gradients(const Tile& tile, const float* values, float* scratch, float* d_image, float* d_text) const;
 
  private:
-  bool bf16_;
+  // add_gradients from the tile's first row of each gradient, for each kind of operands.
+  void add_float32(const Tile& tile, const float* values, float* image_rows, float* text_rows) const;
+  void add_bfloat16(const Tile& tile, const float* values, float* scratch, float* image_rows, float* text_rows) const;
+  void add_int16(const Tile& tile, const float* values, float* scratch, float* image_rows, float* text_rows) const;
+
+  enum { kFloat32, kBFloat16, kInt16 } operands_;
+  at::Tensor image_, text_;                      // float32: (n, D) and (m, D); 16 bits: of `dot`, text in pairs along D
   at::Tensor panels_;                            // float32: text as right-hand sides of `dot`
-  at::Tensor image_bf16_, text_bf16_;            // bfloat16: operands of `dot`, text in pairs along D
-  at::Tensor image_row_pairs_, text_row_pairs_;  // bfloat16: right-hand sides of gradients
+  at::Tensor image_row_pairs_, text_row_pairs_;  // 16 bits: right-hand sides of gradients
+  at::Tensor image_steps_, text_steps_;          // int16: the step of each row
+  float image_limit_, text_limit_;               // int16: how long what is multiplied by rows of image or text may be, in steps
 };
 
 // Calls f(tile) for every tile of the matrix. It is cut into bands x bands blocks; in step t band b works on block

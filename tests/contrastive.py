@@ -9,8 +9,20 @@ from numerics import assert_as_exact_as_eager
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmfast.ops._dispatch import core
+
 # A few roundings; the rounding of a dot product, times the scale, is a relative error of the exponential.
 EPSILON = 2e-6
+# What int16 loses at most of a dot product, in units of the features' lengths, and of a row of the gradient tile.
+FIXED_POINT = 2.0**-15
+
+
+def rounding_of_dots(backend: str, dtype: torch.dtype) -> float:
+    """Of a dot product relative to the features' lengths: float32's, or that of the fixed point of some processors."""
+    info = core.build_info() if core is not None and backend == "cpu" else {"int16_products": False}
+    if info["int16_products"] and (dtype == torch.float16 or (dtype == torch.bfloat16 and not info["bf16_products"])):
+        return FIXED_POINT
+    return 2.0**-24
 
 
 def unit(rows: int, dim: int) -> Tensor:
@@ -31,10 +43,11 @@ def check(
     *scalars: float,
     dtype: torch.dtype = torch.float32,
     terms: int = 1,
+    dots: float = 2.0**-24,
 ) -> None:
     """Loss and gradients of fused(image, text, *scalars), the scale first among them, by the twice-eager rule.
 
-    `terms`: how many probabilities of order 1 go into one row's loss.
+    `terms`: how many probabilities of order 1 go into one row's loss; `dots`: the relative rounding of dot products.
     """
     # Where all positives are nearly certain the exact values can be 1e-30; a float32 probability is off by up to 2^-24.
     rounding = terms * 2.0**-22
@@ -44,7 +57,7 @@ def check(
         fused,
         lambda x, y, *s: reference(x, y, *(value.to(x.dtype) for value in s)),
         (image.to(dtype), text.to(dtype), *map(torch.tensor, scalars)),
-        epsilon=max(EPSILON, scalars[0] * 2.0**-24),
+        epsilon=max(EPSILON, dots, scalars[0] * dots),
         floors=(rounding, gradient, gradient, *[rounding] * len(scalars)),
         names=("loss", "image gradient", "text gradient", "scale gradient", "bias gradient")[: 3 + len(scalars)],
     )

@@ -28,19 +28,29 @@ constexpr bool kFetches = false;
 // Fewer rows than this do not pay for the copy.
 constexpr int64_t kLeastPacked = 4 * kBlockRows;
 
-// What a and b hold: `spread`, an entry in all lanes; multiply_add, sum + left * right.
+// What a and b hold: `spread`, an entry in all lanes; multiply_add, sum + left * right; add, what is stored
+// for a sum of row r and of the columns from j; at, the same for a part of c that begins there.
 struct Floats {
+  using Sum = Vec;
+
   static Vec spread(float entry) { return splat(entry); }
   static Vec multiply_add(Vec left, Vec right, Vec sum) { return VLMFAST_ISA::multiply_add(left, right, sum); }
+  static Vec add(Vec sum, Vec before, int64_t, int64_t, int64_t) { return sum + before; }
+  Floats at(int64_t, int64_t) const { return {}; }
 };
+
+// The bits of an entry in all lanes, which may be those of no number.
+Vec spread_bits(float entry) {
+  int32_t bits;
+  std::memcpy(&bits, &entry, sizeof bits);
+  return from_bits(IntVec{} + bits);
+}
 
 // Pairs of bfloat16, each seen as one float, whose products are added: sum + left[0] * right[0] + left[1] * right[1].
 struct Pairs {
-  static Vec spread(float entry) {
-    int32_t bits;
-    std::memcpy(&bits, &entry, sizeof bits);
-    return from_bits(IntVec{} + bits);
-  }
+  using Sum = Vec;
+
+  static Vec spread(float entry) { return spread_bits(entry); }
   static Vec multiply_add(Vec left, Vec right, Vec sum) {
 #if defined(__AVX512BF16__) && VLMFAST_SIMD_WIDTH == 16
     return Vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(left), __m512bh(right)));
@@ -51,16 +61,42 @@ struct Pairs {
     return VLMFAST_ISA::multiply_add(second(left), second(right), sum);
 #endif
   }
+  static Vec add(Vec sum, Vec before, int64_t, int64_t, int64_t) { return sum + before; }
+  Pairs at(int64_t, int64_t) const { return {}; }
+};
+
+// Pairs of int16 likewise.
+struct Shorts {
+  using Sum = IntVec;
+
+  const float *row_steps, *col_steps;
+
+  static Vec spread(float entry) { return spread_bits(entry); }
+  static IntVec multiply_add(Vec left, Vec right, IntVec sum) {
+#if defined(__AVX512VNNI__) && VLMFAST_SIMD_WIDTH == 16
+    return IntVec(_mm512_dpwssd_epi32(__m512i(sum), __m512i(left), __m512i(right)));
+#elif defined(__AVX2__) && VLMFAST_SIMD_WIDTH == 8
+    return sum + IntVec(_mm256_madd_epi16(__m256i(left), __m256i(right)));
+#else
+    const IntVec a = bits_of(left), b = bits_of(right);
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+  }
+  Vec add(IntVec sum, Vec before, int64_t r, int64_t j, int64_t lanes) const {
+    const Vec step = col_steps ? load(col_steps + j, lanes, 0.0f) * row_steps[r] : splat(row_steps[r]);
+    return VLMFAST_ISA::multiply_add(__builtin_convertvector(sum, Vec), step, before);
+  }
+  Shorts at(int64_t i, int64_t j) const { return {row_steps + i, col_steps ? col_steps + j : nullptr}; }
 };
 
 // c (kRows, kVectors vectors, of a single one `lanes` lanes) for all of k. kAhead: asks for as many of a's next rows meanwhile.
 template <class Entries, int kRows, int kVectors, bool kAhead = false>
 void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
-                    int64_t c_row, int64_t lanes, bool accumulate) {
+                    int64_t c_row, int64_t lanes, bool accumulate, Entries entries) {
   const int64_t count = kVectors == 1 ? lanes : kWidth;
   for (int64_t first = 0; first < k; first += kChain, accumulate = true) {
     const int64_t last = first + kChain < k ? first + kChain : k;
-    Vec sums[kRows][kVectors] = {};
+    typename Entries::Sum sums[kRows][kVectors] = {};
     if (accumulate && first == 0)
       for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * c_row + v * kWidth, 1);
@@ -83,7 +119,8 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         float* to = c + r * c_row + v * kWidth;
-        store(to, count, accumulate ? sums[r][v] + load(to, count, 0.0f) : sums[r][v]);
+        const Vec before = accumulate ? load(to, count, 0.0f) : Vec{};
+        store(to, count, entries.add(sums[r][v], before, r, v * kWidth, count));
       }
   }
 }
@@ -93,7 +130,7 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
 template <class Entries, int kVectors>
 void multiply_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
                       float* c, int64_t c_row, int64_t lanes, bool accumulate, const float* next, int64_t next_row,
-                      bool fetches) {
+                      bool fetches, Entries entries) {
   constexpr decltype(&multiply_block<Entries, 1, kVectors>) blocks[] = {
       multiply_block<Entries, 1, kVectors>, multiply_block<Entries, 2, kVectors>, multiply_block<Entries, 3, kVectors>,
       multiply_block<Entries, 4, kVectors>, multiply_block<Entries, 5, kVectors>, multiply_block<Entries, 6, kVectors>};
@@ -103,13 +140,13 @@ void multiply_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64
       for (int64_t p = k * i / m; p < k * (i + rows) / m; ++p) __builtin_prefetch(next + p * next_row);
     const auto block =
         fetches && i + 2 * kBlockRows <= m ? multiply_block<Entries, kBlockRows, kVectors, true> : blocks[rows - 1];
-    block(k, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, lanes, accumulate);
+    block(k, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, lanes, accumulate, entries.at(i, 0));
   }
 }
 
 template <class Entries>
 void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
-              float* c, int64_t c_row, bool accumulate) {
+              float* c, int64_t c_row, bool accumulate, Entries entries) {
   constexpr int64_t wide = kBlockVectors * kWidth;
   alignas(64) float packed[kPacks ? kDepth * wide : 1];
   const bool packs = kPacks && m >= kLeastPacked;
@@ -125,16 +162,28 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, in
       const float* next = packs && j + 2 * wide <= n ? right + j + wide : nullptr;
       multiply_columns<Entries, kBlockVectors>(m, depth, left, a_row, a_col, packs ? packed : right + j, packs ? wide : b_row,
                                                c + j, c_row, kWidth, accumulate, next, b_row,
-                                               kFetches && a_col == 1 && j == 0);
+                                               kFetches && a_col == 1 && j == 0, entries.at(0, j));
     }
     for (; j < n; j += kWidth)
       multiply_columns<Entries, 1>(m, depth, left, a_row, a_col, right + j, b_row, c + j, c_row,
-                                   n - j < kWidth ? n - j : kWidth, accumulate, nullptr, 0, false);
+                                   n - j < kWidth ? n - j : kWidth, accumulate, nullptr, 0, false, entries.at(0, j));
   }
+}
+
+template <class Entries>
+void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
+              float* c, int64_t c_row, bool accumulate) {
+  multiply(m, n, k, a, a_row, a_col, b, b_row, c, c_row, accumulate, Entries());
+}
+
+void multiply_shorts(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
+                     int64_t b_row, float* c, int64_t c_row, bool accumulate, const float* row_steps,
+                     const float* col_steps) {
+  multiply(m, n, k, a, a_row, a_col, b, b_row, c, c_row, accumulate, Shorts{row_steps, col_steps});
 }
 
 }  // namespace
 
-const ProductKernels product = {multiply<Floats>, multiply<Pairs>};
+const ProductKernels product = {multiply<Floats>, multiply<Pairs>, multiply_shorts};
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

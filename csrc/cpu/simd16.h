@@ -1,5 +1,5 @@
 // bfloat16 and float16 from and to vectors of float32, rounded to nearest even. On integer lanes, so that it needs no
-// instruction set of its own.
+// instruction set of its own, but where AVX-512 has one.
 #pragma once
 
 #include "simd.h"
@@ -23,10 +23,14 @@ static inline Vec from_bits(IntVec bits) {
 static inline Vec from_bf16(ShortVec x) { return from_bits(__builtin_convertvector(x, IntVec) << 16); }
 
 static inline Vec from_half(ShortVec x) {
+#if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
+  return Vec(_mm512_maskz_cvtph_ps(0xffff, __m256i(x)));
+#else
   const IntVec bits = __builtin_convertvector(x, IntVec), sign = (bits & 0x8000) << 16;
   const IntVec magnitude = (bits & 0x7fff) << 13;
   const IntVec finite = bits_of(from_bits(magnitude) * 0x1p112f);  // also right for float16's subnormal numbers
   return from_bits(((bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : finite) | sign);
+#endif
 }
 
 // bfloat16 in the upper halves, anything in the lower ones.
@@ -53,6 +57,14 @@ static inline ShortVec to_half(Vec x) {
   return __builtin_convertvector(half | ((bits >> 16) & 0x8000), ShortVec);
 }
 
+// Lane k is x[k] + error[k] rounded to an integer of at most 2^15 - 1, in its lower half; anything in the upper one. What was
+// rounded away is left in error.
+static inline IntVec short_bits(Vec x, Vec& error) {
+  const Vec sum = x + error, rounded = sum + kRoundToInteger;
+  error = sum - (rounded - kRoundToInteger);
+  return bits_of(rounded);
+}
+
 // The first `count` numbers at p, 0 in the lanes after them.
 static inline ShortVec load(const uint16_t* p, int64_t count) {
   ShortVec v = {};
@@ -60,10 +72,28 @@ static inline ShortVec load(const uint16_t* p, int64_t count) {
   return v;
 }
 
-static inline void store(uint16_t* p, int64_t count, ShortVec v) { std::memcpy(p, &v, count * sizeof(uint16_t)); }
+static inline void store(uint16_t* p, int64_t count, ShortVec v) {
+  if (count == kWidth)
+    std::memcpy(p, &v, sizeof v);
+  else
+    for (int64_t k = 0; k < count; ++k) p[k] = v[k];
+}
+
+// row[j] for any number of columns, as simd.h has it for floats.
+template <class F>
+static inline void for_each_in_row(const uint16_t* row, int64_t cols, F f) {
+  const int64_t rest = cols % kWidth, whole = cols - rest;
+  for (int64_t j = 0; j < whole; j += kWidth) f(load(row + j, kWidth), j, kWidth);
+  if (rest) f(load(row + whole, rest), whole, rest);
+}
 
 // The first `count` lanes, as float32 or bfloat16.
 static inline void put(float* to, Vec x, int64_t count) { store(to, count, x); }
 static inline void put(uint16_t* to, Vec x, int64_t count) { store(to, count, to_bf16(x)); }
+
+// The lower halves of the first `count` lanes.
+static inline void put(int16_t* to, IntVec x, int64_t count) {
+  store(reinterpret_cast<uint16_t*>(to), count, __builtin_convertvector(x & 0xffff, ShortVec));
+}
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

@@ -19,11 +19,9 @@ double dot(const float* a, const float* b, int64_t count) {
 
 void widen(const uint16_t* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, float* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; j += kWidth) {
-      const int64_t count = cols - j < kWidth ? cols - j : kWidth;
-      const ShortVec x = load(from + i * from_stride + j, count);
+    for_each_in_row(from + i * from_stride, cols, [&](ShortVec x, int64_t j, int64_t count) {
       store(to + i * to_stride + j, count, bf16 ? from_bf16(x) : from_half(x));
-    }
+    });
 }
 
 void narrow(const float* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, uint16_t* to, int64_t to_stride) {
@@ -76,6 +74,97 @@ void pair_rows(const float* tile, int64_t stride, int64_t rows, int64_t cols, fl
   }
 }
 
+// A step, and what to multiply by to count in it.
+struct Step {
+  float step, inverse;
+  explicit Step(float step) : step(step), inverse(step == 0.0f ? 0.0f : 1.0f / step) {}
+};
+
+void fixed_point(const uint16_t* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, int16_t* out,
+                 int64_t out_stride, float* steps) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const auto for_each = [&](const auto& f) {
+      for_each_in_row(from + i * from_stride, cols, [&](ShortVec x, int64_t j, int64_t count) {
+        f(bf16 ? from_bf16(x) : from_half(x), j, count);
+      });
+    };
+    Vec squares = {}, top = {};
+    for_each([&](Vec x, int64_t, int64_t) {
+      squares = multiply_add(x, x, squares);
+      top = max(top, max(x, -x));
+    });
+    const float by_norm = __builtin_sqrtf(reduce_add(squares)) / 46000.0f, by_entry = reduce_max(top) / 32700.0f;
+    const Step step(by_entry > by_norm ? by_entry : by_norm);  // by_norm is NaN if an entry is
+    steps[i] = step.step;
+    for_each([&](Vec x, int64_t j, int64_t count) {
+      put(out + i * out_stride + j, bits_of(x * step.inverse + kRoundToInteger), count);
+    });
+  }
+}
+
+// quantise_rows of kCount rows at once: what is passed from vector to vector makes a chain of each row, and chains run beside
+// each other.
+template <int kCount>
+inline void quantise_some_rows(const float* tile, int64_t stride, int64_t cols, const float* factors, float limit, int16_t* out,
+                               int64_t out_stride, float* steps) {
+  Vec squares[kCount] = {}, error[kCount] = {};
+  float inverse[kCount];
+  for_each_in_row(factors, cols, [&](Vec factor, int64_t j, int64_t count) {
+    for (int r = 0; r < kCount; ++r) {
+      const Vec value = load(tile + r * stride + j, count, 0.0f) * factor;
+      squares[r] = multiply_add(value, value, squares[r]);
+    }
+  });
+  for (int r = 0; r < kCount; ++r) {
+    const Step step(__builtin_sqrtf(reduce_add(squares[r])) / limit);
+    steps[r] = step.step;
+    inverse[r] = step.inverse;
+  }
+  for_each_in_row(factors, cols, [&](Vec factor, int64_t j, int64_t count) {
+    for (int r = 0; r < kCount; ++r) {
+      const Vec value = load(tile + r * stride + j, count, 0.0f) * factor * inverse[r];
+      put(out + r * out_stride + j, short_bits(value, error[r]), count);
+    }
+  });
+}
+
+void quantise_rows(const float* tile, int64_t stride, int64_t rows, int64_t cols, const float* factors, float limit,
+                   int16_t* out, int64_t out_stride, float* steps) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4)
+    quantise_some_rows<4>(tile + i * stride, stride, cols, factors, limit, out + i * out_stride, out_stride, steps + i);
+  for (; i < rows; ++i)
+    quantise_some_rows<1>(tile + i * stride, stride, cols, factors, limit, out + i * out_stride, out_stride, steps + i);
+}
+
+void quantise_columns(const float* tile, int64_t stride, int64_t rows, int64_t cols, const float* factors, float limit,
+                      float* out, int64_t out_stride, float* steps) {
+  float squares[kMaxTile + kWidth] = {}, errors[kMaxTile + kWidth] = {}, inverses[kMaxTile + kWidth];
+  for (int64_t i = 0; i < rows; ++i)
+    for_each_in_row(tile + i * stride, cols, [&](Vec x, int64_t j, int64_t) {
+      const Vec value = x * factors[i];
+      store(squares + j, multiply_add(value, value, load(squares + j)));
+    });
+  for (int64_t j = 0; j < cols; ++j) {
+    const Step step(__builtin_sqrtf(squares[j]) / limit);
+    steps[j] = step.step;
+    inverses[j] = step.inverse;
+  }
+  for (int64_t i = 0; i < rows; i += 2) {
+    const float* next = i + 1 < rows ? tile + (i + 1) * stride : nullptr;
+    const float next_factor = next ? factors[i + 1] : 0.0f;
+    transform_row(tile + i * stride, cols, out + i / 2 * out_stride, [&](Vec x, int64_t j, int64_t count) {
+      const Vec inverse = load(inverses + j);
+      Vec error = load(errors + j);
+      const IntVec first = short_bits(x * factors[i] * inverse, error) & 0xffff;
+      if (!next) return from_bits(first);
+      const IntVec second = short_bits(load(next + j, count, 0.0f) * next_factor * inverse, error) << 16;
+      store(errors + j, error);
+      return from_bits(first | second);
+    });
+  }
+}
+
 void sum_matches(const float* tile, int64_t stride, int64_t rows, int64_t cols, const int32_t* row_ids,
                  const int32_t* col_ids, float* row_sum, float* col_sum) {
   for (int64_t i = 0; i < rows; ++i)
@@ -88,6 +177,6 @@ void sum_matches(const float* tile, int64_t stride, int64_t rows, int64_t cols, 
 
 }  // namespace
 
-const TileKernels tile = {dot, widen, narrow, transpose, pair_rows, sum_matches};
+const TileKernels tile = {dot, widen, narrow, transpose, pair_rows, fixed_point, quantise_rows, quantise_columns, sum_matches};
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

@@ -48,6 +48,14 @@ void multiply(I m, I n, I k, F a, I ar, I ac, F b, I br, F c, I cr, I add)
 {{ {isa}::product.multiply(m, n, k, a, ar, ac, b, br, c, cr, add); }}
 void multiply_pairs(I m, I n, I k, F a, I ar, I ac, F b, I br, F c, I cr, I add)
 {{ {isa}::product.multiply_pairs(m, n, k, a, ar, ac, b, br, c, cr, add); }}
+void multiply_shorts(I m, I n, I k, F a, I ar, I ac, F b, I br, F c, I cr, I add, F rs, F cs)
+{{ {isa}::product.multiply_shorts(m, n, k, a, ar, ac, b, br, c, cr, add, rs, cs); }}
+void fixed_point(uint16_t* f, I fs, I b, I r, I c, int16_t* o, I os, F s)
+{{ {isa}::tile.fixed_point(f, fs, b, r, c, o, os, s); }}
+void quantise_rows(F t, I st, I r, I c, F f, float l, int16_t* o, I os, F s)
+{{ {isa}::tile.quantise_rows(t, st, r, c, f, l, o, os, s); }}
+void quantise_columns(F t, I st, I r, I c, F f, float l, F o, I os, F s)
+{{ {isa}::tile.quantise_columns(t, st, r, c, f, l, o, os, s); }}
 double dot(F a, F b, I n) {{ return {isa}::tile.dot(a, b, n); }}
 }}
 """
@@ -67,6 +75,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )  # fmt: skip
     loaded = ctypes.CDLL(str(library))
     loaded.dot.restype = ctypes.c_double
+    loaded.width = width
     return loaded
 
 
@@ -202,6 +211,103 @@ def test_multiply_pairs(kernels, m: int, n: int, k: int, transposed: bool) -> No
             np.abs(c[:, :n] - expected) <= 2.0**-24 * (min(2 * k, 512) ** 0.5 + 8) * (size + np.abs(expected))
         )
         assert np.array_equal(c[:, n:], before[:, n:])
+
+
+@pytest.mark.parametrize("k", [1, 96, 300, 600])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 65), (6, 16), (13, 71), (24, 83)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_multiply_shorts(kernels, m: int, n: int, k: int, transposed: bool) -> None:
+    """Sums up to 2^30 are exact: what is rounded is the one float that is stored."""
+    rng = np.random.default_rng(m * n * k)
+    top = int((2.0**30 / (2 * k)) ** 0.5)
+    a, b = (rng.integers(-top, top + 1, (*shape, 2)).astype(np.int16) for shape in ((m, k), (k, n)))
+    a[0], b[:, 0] = top, -top  # all of one sign
+    a_pairs, b_pairs = (np.ascontiguousarray(x).view(np.float32)[..., 0] for x in (a, b))
+    stored = np.ascontiguousarray(a_pairs.T if transposed else a_pairs)
+    a_row, a_col = (1, m) if transposed else (k, 1)
+    before = rng.standard_normal((m, n + 5)).astype(np.float32)
+    row_steps, col_steps = (rng.uniform(1e-5, 1e-4, count).astype(np.float32) for count in (m, n))
+    for columns in (col_steps, None):
+        steps = row_steps[:, None].astype(np.float64) * (1 if columns is None else columns)
+        exact = np.einsum("mkp,knp->mn", a.astype(np.float64), b) * steps
+        for add in (False, True):
+            c = before.copy()
+            call(
+                kernels.multiply_shorts, m, n, k, stored, a_row, a_col, b_pairs, n, c, n + 5, int(add), row_steps,
+                0 if columns is None else columns,
+            )  # fmt: skip
+            expected = exact + before[:, :n] if add else exact
+            # Chains of 256 pairs are rounded one by one, to a float, times the step and with what was there.
+            size = np.einsum("mkp,knp->mn", np.abs(a).astype(np.float64), np.abs(b)) * steps + np.abs(expected)
+            assert np.all(np.abs(c[:, :n] - expected) <= 2.0**-22 * size)
+            assert np.array_equal(c[:, n:], before[:, n:])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [*SHAPES, (5, 1200)])
+def test_fixed_point(kernels, rows: int, cols: int, bf16: bool) -> None:
+    import torch
+
+    stride = cols + 3
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    x = (
+        torch.randn(rows, stride, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, rows)[:, None]
+    ).to(dtype)
+    x[0, 0] = 1000  # one entry makes up the row
+    x[-1, : cols // 2] = 0
+    exact = x[:, :cols].double().numpy()
+    out, steps = np.zeros((rows, stride), np.int16), np.full(rows, 7, np.float32)
+    call(kernels.fixed_point, x.view(torch.int16).numpy(), stride, int(bf16), rows, cols, out, stride, steps)
+    assert not out[:, cols:].any()
+    counts = out[:, :cols].astype(np.float64)
+    expected = np.maximum(np.linalg.norm(exact, axis=1) / 46000, np.abs(exact).max(1) / 32700)
+    np.testing.assert_allclose(steps, expected, rtol=1e-5)
+    assert np.all(np.abs(counts * steps[:, None] - exact) <= 0.502 * steps[:, None])
+    x[0] = 0
+    x[-1, 0] = float("nan") if rows > 1 else 0
+    call(kernels.fixed_point, x.view(torch.int16).numpy(), stride, int(bf16), rows, cols, out, stride, steps)
+    assert steps[0] == 0
+    assert not out[0].any()
+    assert rows == 1 or np.isnan(steps[-1])
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_quantise(kernels, rows: int, cols: int) -> None:
+    x = tile(rows, cols) * np.logspace(-12, 3, rows, dtype=np.float32)[:, None]
+    limit = 30000.0
+    for function, factors, axis in (
+        (kernels.quantise_rows, np.logspace(-2, 1, cols, dtype=np.float32), 1),
+        (kernels.quantise_columns, np.logspace(-2, 1, rows, dtype=np.float32), 0),
+    ):
+        values = x[:, :cols].astype(np.float64) * (factors if axis else factors[:, None])
+        for zero in (False, True):
+            data, exact = x.copy(), values.copy()
+            if zero:
+                data[0] = exact[0] = 0
+            steps = np.full(rows if axis else cols, 7, np.float32)
+            out = np.zeros((rows, STRIDE) if axis else ((rows + 1) // 2, STRIDE, 2), np.int16)
+            call(function, data, STRIDE, rows, cols, factors, limit, out, STRIDE, steps)
+            assert not out[:, cols:].any()  # nothing past the end is touched
+            counts = (out if axis else out.transpose(0, 2, 1).reshape(-1, STRIDE)).astype(np.float64)
+            assert not counts[rows:].any()
+            counts = counts[:rows, :cols]
+            np.testing.assert_allclose(steps, np.linalg.norm(exact, axis=axis) / limit, rtol=1e-5)
+            assert np.all(np.linalg.norm(counts, axis=axis) <= limit + counts.shape[axis] ** 0.5)
+            step = np.expand_dims(steps.astype(np.float64), axis)
+            assert np.all(np.abs(counts * step - exact) <= 1.002 * step)
+            # What is rounded away is not lost: not from sums over as many as share it, one lane of a row or a column.
+            lanes = kernels.width if axis else 1
+            for lane in range(lanes):
+                part = (slice(None), slice(lane, None, lanes)) if axis else slice(None)
+                error = np.abs((counts[part] * step - exact[part]).sum(axis, keepdims=True))
+                assert np.all(error <= 0.51 * step)
+            if zero:
+                assert not counts[0].any()
+        broken = x.copy()
+        broken[0, 0] = np.nan
+        call(function, broken, STRIDE, rows, cols, factors, limit, out, STRIDE, steps)
+        assert np.isnan(steps[0])
+        assert np.isfinite(steps[1:]).all()
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)

@@ -6,7 +6,7 @@ import contrastive
 import pytest
 import torch
 from backends import use_backend
-from contrastive import pairs, unit
+from contrastive import pairs, rounding_of_dots, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_exact_as_eager, loss_and_gradients
@@ -26,11 +26,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def check(image: Tensor, text: Tensor, scale: float, dtype: torch.dtype = torch.float32, **options: object) -> None:
-    recompute = options.pop("recompute", None)
+    recompute, dots = options.pop("recompute", None), options.pop("dots", 2.0**-24)
     contrastive.check(
         lambda x, y, s: info_nce(x, y, s, recompute=recompute, **options),
         lambda x, y, s: reference(x, y, s, **options),
-        image, text, scale, dtype=dtype,
+        image, text, scale, dtype=dtype, dots=dots,
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_at_most_twice_eagers_error_on_random_rows(backend: str, recompute: bool
 @pytest.mark.parametrize(("rows", "dim"), [(1, 64), (2, 1), (127, 3), (128, 64), (129, 588), (257, 768), (300, 1152)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_shapes_and_dtypes(backend: str, rows: int, dim: int, dtype: torch.dtype, recompute: bool) -> None:
-    check(*pairs(rows, dim), 20.0, dtype, recompute=recompute)
+    check(*pairs(rows, dim), 20.0, dtype, recompute=recompute, dots=rounding_of_dots(backend, dtype))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import contrastive
 import pytest
 import torch
-from contrastive import pairs, unit
+from contrastive import FIXED_POINT, pairs, unit
 from numerics import loss_and_gradients
 from torch import Tensor
 
@@ -17,11 +17,11 @@ pytestmark = pytest.mark.skipif(core is None, reason="the C++ extension was not 
 
 
 def check(image: Tensor, text: Tensor, scale: float, dtype: torch.dtype = torch.float32, **options: object) -> None:
-    recompute = options.pop("recompute", None)
+    recompute, dots = options.pop("recompute", None), options.pop("dots", 2.0**-24)
     contrastive.check(
         lambda x, y, s: info_nce(x, y, s, recompute=recompute, **options),
         lambda x, y, s: reference(x, y, s, **options),
-        image, text, scale, dtype=dtype,
+        image, text, scale, dtype=dtype, dots=dots,
     )  # fmt: skip
 
 
@@ -65,42 +65,89 @@ def test_memory_of_the_streamed_loss_is_linear(run_python) -> None:
     assert float(peak) < 250
 
 
-@pytest.fixture(params=["products of ours", "brgemm"])
-def bf16_schedule(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The schedule of processors that multiply bfloat16: with products of ours, or oneDNN's as where there is AMX."""
-    core.force_bf16_schedule(True, request.param == "brgemm")
-    yield
-    core.force_bf16_schedule(False)
+SCHEDULES = {
+    "bfloat16": torch.bfloat16,  # as on processors that multiply it
+    "brgemm": torch.bfloat16,  # with oneDNN's products, as where there is AMX
+    "int16": torch.float16,  # fixed point, as with AVX-512 VNNI or AVX2
+    "int16 of bfloat16": torch.bfloat16,  # as where there is AVX2 and no AVX-512
+}
+
+
+Half = tuple[torch.dtype, float]
+
+
+@pytest.fixture(params=SCHEDULES)
+def half(request: pytest.FixtureRequest) -> Iterator[Half]:
+    """A dtype of 16 bits with each schedule that some processor takes for it, and what that rounds dot products by."""
+    schedule = request.param.split()[0]
+    core.force_schedule(schedule)
+    yield SCHEDULES[request.param], FIXED_POINT if schedule == "int16" else 2.0**-24
+    core.force_schedule("")
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("rows", "dim"), [(1, 64), (2, 1), (127, 3), (128, 64), (129, 589), (300, 768)])
-def test_bfloat16_products(bf16_schedule, rows: int, dim: int, recompute: bool) -> None:
-    check(*pairs(rows, dim), 20.0, torch.bfloat16, recompute=recompute)
-    check(*pairs(rows, dim, noise=0.5), 100.0, torch.bfloat16, recompute=recompute)
+def test_products_of_16_bits(half: Half, rows: int, dim: int, recompute: bool) -> None:
+    dtype, dots = half
+    check(*pairs(rows, dim), 20.0, dtype, recompute=recompute, dots=dots)
+    check(*pairs(rows, dim, noise=0.5), 100.0, dtype, recompute=recompute, dots=dots)
 
 
-def test_bfloat16_products_of_strided_features(bf16_schedule) -> None:
-    x, y = torch.randn(64, 128).bfloat16().T, torch.randn(128, 128).bfloat16()[:, ::2]
+def test_products_of_16_bits_of_strided_features(half: Half) -> None:
+    x, y = torch.randn(64, 128).to(half[0]).T, torch.randn(128, 128).to(half[0])[:, ::2]
     strided = loss_and_gradients(info_nce, (x, y, torch.tensor(3.0)))
     contiguous = loss_and_gradients(info_nce, (x.contiguous(), y.contiguous(), torch.tensor(3.0)))
     assert all(torch.equal(a, b) for a, b in zip(strided, contiguous, strict=True))
 
 
-def test_bfloat16_products_of_a_rectangle(bf16_schedule) -> None:
+def test_products_of_16_bits_of_a_rectangle(half: Half) -> None:
     for bidirectional in (False, True):
         image, text = unit(160, 48), unit(300, 48)
-        check(image, text, 30.0, torch.bfloat16, label_offset=5, bidirectional=bidirectional)
+        check(image, text, 30.0, half[0], label_offset=5, bidirectional=bidirectional, dots=half[1])
 
 
-def test_bfloat16_schedule_rounds_the_gradient_tile(bf16_schedule) -> None:
-    """It is taken at all: its gradients differ from the float32 schedule's, within bfloat16's rounding."""
-    image, text = (t.bfloat16().requires_grad_() for t in pairs(200, 64))
-    forced = torch.autograd.grad(info_nce(image, text, 20.0), image)[0].float()
-    core.force_bf16_schedule(False)
-    plain = torch.autograd.grad(info_nce(image, text, 20.0), image)[0].float()
-    assert core.build_info()["bf16_products"] or not torch.equal(forced, plain)
-    torch.testing.assert_close(forced, plain, rtol=2e-2, atol=1e-2 * plain.abs().max().item())
+def test_schedule_of_16_bits_rounds_the_gradient_tile(half: Half) -> None:
+    """It is taken at all: its gradients differ from the float32 schedule's, within the dtype's rounding."""
+    image, text = pairs(200, 64)
+    # Exact in every schedule, but for the steps of int16.
+    image, text = ((t.float() * 64).round().div(64).requires_grad_() for t in (image, text))
+    plain = torch.autograd.grad(info_nce(image, text, 20.0), image)[0]
+    rounded = torch.autograd.grad(info_nce(image.to(half[0]), text.to(half[0]), 20.0), image)[0]
+    assert not torch.equal(rounded, plain.to(half[0]).float())
+    torch.testing.assert_close(rounded, plain, rtol=2e-2, atol=1e-2 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)])
+def test_fixed_point_is_as_exact_as_the_dtype(dtype: torch.dtype, rounding: float) -> None:
+    """Lengths from 0.2 to 5, one of them 0, most texts the same but for theirs: sums neither overflow nor lose
+    the small; the gradients are off by no more than twice what rounding them to the dtype is."""
+    image, text = pairs(600, 96)
+    text[:500] = text[0]
+    lengths = torch.logspace(-0.7, 0.7, 600, dtype=torch.float64)[:, None]
+    image, text = image / lengths, text * lengths
+    image[7] = 0
+    image, text = image.to(dtype), text.to(dtype)
+    inputs = [t.double().requires_grad_() for t in (image, text)]
+    exact = torch.autograd.grad(reference(*inputs, torch.tensor(1.0).double()), inputs)
+    core.force_schedule("int16")
+    try:
+        leaves = [t.clone().requires_grad_() for t in (image, text)]
+        found = torch.autograd.grad(info_nce(*leaves, 1.0) * 256, leaves)  # else float16 has no room for the small ones
+    finally:
+        core.force_schedule("")
+    for ours, truth in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double() / 256, truth, rtol=0, atol=2 * rounding * truth.abs().max().item())
+
+
+def test_fixed_point_passes_on_what_is_not_finite() -> None:
+    core.force_schedule("int16")
+    try:
+        for value in (float("nan"), float("inf")):
+            image, text = (t.half() for t in pairs(40, 16))
+            image[3, 2] = value
+            assert not info_nce(image, text, 10.0).isfinite()
+    finally:
+        core.force_schedule("")
 
 
 @pytest.fixture
@@ -112,9 +159,8 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_memory_is_read_before_it_is_written(bf16_schedule, fresh_memory_is_nan, threads: int, dtype) -> None:
-    image, text = (t.to(dtype).requires_grad_() for t in (unit(131, 33), unit(205, 33)))
+def test_no_memory_is_read_before_it_is_written(half: Half, fresh_memory_is_nan, threads: int) -> None:
+    image, text = (t.to(half[0]).requires_grad_() for t in (unit(131, 33), unit(205, 33)))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
