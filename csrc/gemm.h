@@ -30,7 +30,8 @@ static_assert(kRows <= cpu::kMaxTile && kCols <= cpu::kMaxTile);
 template <class Kernels>
 const Kernels& choose_isa(const Kernels& baseline, const Kernels& avx2, const Kernels& avx512) {
   static const std::string isa = cpu_isa();
-  return isa == "avx512" ? avx512 : isa == "avx2" ? avx2 : baseline;
+  static const Kernels& chosen = isa == "avx512" ? avx512 : isa == "avx2" ? avx2 : baseline;
+  return chosen;
 }
 
 // `rows` cut into steps of at most kRows that are as equal as multiples of 6, the rows of a block of cpu/product.cpp, can be.
@@ -60,6 +61,13 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const int16_t* a, int64_t lda, c
                int64_t ldc, bool accumulate, const float* row_steps, const float* col_steps);
 void transposed_gemm(int64_t m, int64_t n, int64_t k, const int16_t* a, int64_t lda, const int16_t* b, int64_t ldb, float* c,
                      int64_t ldc, bool accumulate, const float* row_steps, const float* col_steps);
+
+// rows (n, k), float32 or 16 bits in an even k, as right-hand sides of products over k: panels of `cols` columns, (n / cols, k or
+// k / 2, cols), those after the last row being 0.
+at::Tensor column_panels(const at::Tensor& rows, int64_t cols);
+
+// rows (n, k) of 16 bits as a right-hand side of products over n: (n / 2, k) pairs, a 0 after an odd number of rows.
+at::Tensor row_pairs(const at::Tensor& rows);
 
 // Whether bfloat16 operands are to be multiplied as such.
 bool wants_bf16_schedule();

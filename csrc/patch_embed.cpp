@@ -14,7 +14,12 @@
 namespace vlmfast {
 namespace {
 
-const cpu::PatchEmbedKernels& kernels() { return VLMFAST_KERNELS(patch_embed); }
+const cpu::PatchEmbedKernels& kernels() {
+#if defined(__x86_64__)
+  if (has_bf16_products()) return cpu::avx512_bf16::patch_embed;
+#endif
+  return VLMFAST_KERNELS(patch_embed);
+}
 
 // Asks for memory that no processor foresees: pieces of rows far apart.
 void fetch(const void* first, int64_t bytes) {
@@ -146,22 +151,7 @@ class PatchRows {
   cpu::Patches layout_;
 };
 
-// rows (n, k) as panels of kCols columns of its transpose: right-hand sides of tile products. In bfloat16 k is even, and
-// pairs along k, seen as one float, move together.
-at::Tensor panels(const at::Tensor& rows) {
-  const bool pairs = rows.scalar_type() == at::kBFloat16;
-  const int64_t n = rows.size(0), k = rows.size(1) / (pairs ? 2 : 1), count = ceil_div(n, kCols);
-  const auto out = at::zeros({count, k, kCols}, at::kFloat);
-  const auto* in = static_cast<const float*>(rows.const_data_ptr());
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j)
-      VLMFAST_KERNELS(tile).transpose(in + j * kCols * k, k, std::min(kCols, n - j * kCols), k,
-                                      out.mutable_data_ptr<float>() + j * kCols * k, kCols);
-  });
-  return out;
-}
-
-// Right-hand sides of `panels` times rows a (m, k) of stride lda.
+// tile (m, kCols) <- rows a (m, k) times a panel of kCols columns.
 void product(int64_t m, int64_t k, const float* a, const float* panel, float* tile) {
   tile_gemm(m, kCols, k, a, k, panel, kCols, tile, kCols, false);
 }
@@ -187,7 +177,7 @@ void embed(const PatchRows& patches, const at::Tensor& weight, const Added& adde
   const int64_t width = weight.size(0), even = ceil_div(patches.entries, 16) * 16;
   const auto dtype = c10::CppTypeToScalarType<Product>::value;
   const auto rows = at::constant_pad_nd(patches.weight_rows(weight).to(dtype), {0, even - patches.entries}).contiguous();
-  const auto right = panels(rows);
+  const auto right = column_panels(rows, kCols);
   const int64_t panel = right.stride(0);
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), ceil_div(patches.rows, 64)));
   const int64_t step = equal_steps(ceil_div(patches.rows, threads));
@@ -228,20 +218,21 @@ const uint16_t* as(const float* row, int64_t count, uint16_t* out) {
   return out;
 }
 
+constexpr int64_t kGradRows = 512;    // patches that are read at a time
+constexpr int64_t kGradCols = kRows;  // columns of the tokens' gradients at a time, in whole blocks of cpu/product.cpp
+constexpr int64_t kRowsAhead = 16;    // how far ahead rows of gradients are asked for
+constexpr int64_t kMostSplits = 8;    // of the sum over patches, each with a gradient of its own in memory
+
 // out (count / 2, stride, 2) <- `count` rows in pairs, row(r) being the first of `cols` entries of one; after an odd number of
 // rows comes a 0.
 template <class Row>
 void pair_rows(const Row& row, int64_t count, int64_t cols, at::BFloat16* out, int64_t stride) {
-  uint16_t even[kCols], odd[kCols];
-  const uint16_t zeros[kCols] = {};
+  uint16_t even[kGradCols], odd[kGradCols];
+  const uint16_t zeros[kGradCols] = {};
   for (int64_t r = 0; r < count; r += 2)
-    kernels().interleave(as(row(r), cols, even), r + 1 < count ? as(row(r + 1), cols, odd) : zeros, cols,
-                         reinterpret_cast<uint16_t*>(out + r * stride));
+    VLMFAST_KERNELS(tile).interleave(as(row(r), cols, even), r + 1 < count ? as(row(r + 1), cols, odd) : zeros, cols,
+                                     reinterpret_cast<uint16_t*>(out + r * stride));
 }
-
-constexpr int64_t kGradRows = 512;  // patches that are read at a time
-constexpr int64_t kRowsAhead = 16;  // how far ahead rows of gradients are asked for
-constexpr int64_t kMostSplits = 8;  // of the sum over patches, each with a gradient of its own in memory
 
 // (O, entries) = grad's rows transposed times the patches. Threads split the sum over patches; beyond kMostSplits of them
 // also the rows of the result, whose shares read the same patches again.
@@ -250,7 +241,7 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
   constexpr bool single = std::is_same_v<Product, float>;
   const int64_t width = grad.size(2), even = ceil_div(patches.entries, 16) * 16;
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), ceil_div(patches.rows, 64)));
-  const int64_t splits = std::min(threads, kMostSplits), groups = std::min(threads / splits, ceil_div(width, kCols));
+  const int64_t splits = std::min(threads, kMostSplits), groups = std::min(threads / splits, ceil_div(width, kGradCols));
   const int64_t share = ceil_div(patches.rows, splits);
   const int64_t step = 2 * ceil_div(ceil_div(share, ceil_div(share, kGradRows)), 2);
   const auto dtype = c10::CppTypeToScalarType<Product>::value;
@@ -259,12 +250,12 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
   const auto* rows = grad.const_data_ptr<Token>();
   at::parallel_for(0, splits * groups, 1, [&](int64_t begin, int64_t end) {
     const auto block = at::zeros({step, even}, dtype), paired = at::empty({single ? 0 : step, even}, dtype);
-    const auto flipped = at::empty({kCols, step}, dtype);
+    const auto flipped = at::empty({kGradCols, step}, dtype);
     auto* left = flipped.template mutable_data_ptr<Product>();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task / groups, group = task % groups;
       const int64_t last = std::min(patches.rows, (split + 1) * share);
-      const int64_t col_tiles = ceil_div(width, kCols);
+      const int64_t col_tiles = ceil_div(width, kGradCols);
       for (int64_t first = split * share; first < last; first += step) {
         const int64_t count = std::min(step, last - first);
         const bool accumulate = first > split * share;
@@ -272,32 +263,32 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
         patches.read(first, count, right, even);
         if constexpr (!single) {
           if (count % 2) std::fill_n(right + count * even, even, Product(0));
+          const auto* read = reinterpret_cast<const uint16_t*>(right);
           auto* pairs = reinterpret_cast<uint16_t*>(paired.template mutable_data_ptr<Product>());
           for (int64_t r = 0; r < count; r += 2)
-            kernels().interleave(reinterpret_cast<const uint16_t*>(right + r * even),
-                                 reinterpret_cast<const uint16_t*>(right + (r + 1) * even), even, pairs + r * even);
+            VLMFAST_KERNELS(tile).interleave(read + r * even, read + (r + 1) * even, even, pairs + r * even);
         }
         for (int64_t j = col_tiles * group / groups; j < col_tiles * (group + 1) / groups; ++j) {
-          const int64_t cols = std::min(kCols, width - j * kCols);
+          const int64_t cols = std::min(kGradCols, width - j * kGradCols);
           const auto row = [&](int64_t r) {
             const int64_t image = (first + r) / patches.taken, token = prefix + (first + r) % patches.taken;
-            return rows + (image * grad.size(1) + token) * width + j * kCols;
+            return rows + (image * grad.size(1) + token) * width + j * kGradCols;
           };
           const auto fetched = [&](int64_t r) {
             if (r + kRowsAhead < count) fetch(row(r + kRowsAhead), cols * sizeof(Token));
             return row(r);
           };
-          float* out = sums.mutable_data_ptr<float>() + (split * width + j * kCols) * even;
+          float* out = sums.mutable_data_ptr<float>() + (split * width + j * kGradCols) * even;
           if constexpr (single) {
             for (int64_t r = 0; r < count; ++r) {
-              const float* from = as(fetched(r), cols, left + r * kCols);
-              if (from != left + r * kCols) std::copy_n(from, cols, left + r * kCols);
+              const float* from = as(fetched(r), cols, left + r * kGradCols);
+              if (from != left + r * kGradCols) std::copy_n(from, cols, left + r * kGradCols);
             }
-            transposed_gemm(cols, even, count, left, kCols, right, even, out, even, accumulate);
+            transposed_gemm(cols, even, count, left, kGradCols, right, even, out, even, accumulate);
           } else {
-            pair_rows(fetched, count, cols, left, kCols);
-            transposed_gemm(cols, even, count + count % 2, left, kCols, paired.template const_data_ptr<Product>(), even, out,
-                            even, accumulate);
+            pair_rows(fetched, count, cols, left, kGradCols);
+            transposed_gemm(cols, even, count + count % 2, left, kGradCols, paired.template const_data_ptr<Product>(), even,
+                            out, even, accumulate);
           }
         }
       }

@@ -10,23 +10,15 @@ namespace vlmfast {
 
 namespace {
 
-// (rows, D) with zeros after them: rows up to a multiple of `multiple`, D up to an even number where `pairs`.
-at::Tensor padded(const at::Tensor& features, int64_t multiple, bool pairs) {
-  const int64_t rows = features.size(0), more_rows = ceil_div(rows, multiple) * multiple - rows;
-  const int64_t more_cols = pairs ? features.size(1) % 2 : 0;
-  return more_rows || more_cols ? at::constant_pad_nd(features, {0, more_cols, 0, more_rows}) : features;
+// (rows, D) with a 0 after each row where D is odd.
+at::Tensor in_pairs(const at::Tensor& features) {
+  return features.size(1) % 2 ? at::constant_pad_nd(features, {0, 1}) : features.contiguous();
 }
 
-// As right-hand sides of products over D: whole tiles of `tile` rows, (tiles, D / 2, tile, 2).
-at::Tensor paired_along_dim(const at::Tensor& features, int64_t tile) {
-  const auto rows = padded(features, tile, true);
-  return rows.reshape({-1, tile, rows.size(1) / 2, 2}).permute({0, 2, 1, 3}).contiguous();
-}
-
-// As right-hand sides of products over rows: (rows / 2, D, 2).
-at::Tensor paired_along_rows(const at::Tensor& features) {
-  const auto rows = padded(features, 2, false);
-  return rows.reshape({-1, 2, rows.size(1)}).permute({0, 2, 1}).contiguous();
+// What a tensor of pairs of 16 bits, or a panel of them, holds.
+template <class T>
+const T* halves(const float* pairs) {
+  return reinterpret_cast<const T*>(pairs);
 }
 
 const cpu::TileKernels& kernels() { return VLMFAST_KERNELS(tile); }
@@ -82,16 +74,7 @@ FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool
   if (operands_ == kFloat32) {
     image_ = image.to(at::kFloat).contiguous();
     text_ = text.to(at::kFloat).contiguous();
-    if (!with_dot) return;
-    const int64_t count = ceil_div(m, tile_cols);
-    panels_ = at::empty({count, dim, tile_cols}, at::kFloat);
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        const int64_t first = j * tile_cols;
-        kernels().transpose(text_.const_data_ptr<float>() + first * dim, dim, std::min(tile_cols, m - first), dim,
-                            panels_.mutable_data_ptr<float>() + first * dim, tile_cols);
-      }
-    });
+    if (with_dot) panels_ = column_panels(text_, tile_cols);
     return;
   }
   auto rows = image, cols = text;
@@ -102,25 +85,28 @@ FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool
     if (text_grad) image_limit_ = limit_beside(rows);
   }
   if (with_dot) {
-    image_ = padded(rows, 1, true).contiguous();
-    text_ = paired_along_dim(cols, tile_cols);
+    image_ = in_pairs(rows);
+    panels_ = column_panels(in_pairs(cols), tile_cols);
   }
-  if (image_grad) text_row_pairs_ = paired_along_rows(cols);
-  if (text_grad) image_row_pairs_ = paired_along_rows(rows);
+  if (image_grad) text_row_pairs_ = row_pairs(cols);
+  if (text_grad) image_row_pairs_ = row_pairs(rows);
 }
 
 void FeatureTiles::dot(const Tile& tile, float* out) const {
-  const int64_t row = tile.row * even(dim), col = tile.col * even(dim);
-  if (operands_ == kInt16)
-    tile_gemm(tile.rows, tile.cols, even(dim), image_.const_data_ptr<int16_t>() + row, even(dim),
-              text_.const_data_ptr<int16_t>() + col, tile_cols, out, tile_cols, false,
-              image_steps_.const_data_ptr<float>() + tile.row, text_steps_.const_data_ptr<float>() + tile.col);
-  else if (operands_ == kBFloat16)
-    tile_gemm(tile.rows, tile.cols, even(dim), image_.const_data_ptr<at::BFloat16>() + row, even(dim),
-              text_.const_data_ptr<at::BFloat16>() + col, tile_cols, out, tile_cols, false);
-  else
-    tile_gemm(tile.rows, tile.cols, dim, image_.const_data_ptr<float>() + tile.row * dim, dim,
-              panels_.const_data_ptr<float>() + tile.col * dim, tile_cols, out, tile_cols, false);
+  const int64_t depth = operands_ == kFloat32 ? dim : even(dim), row = tile.row * depth;
+  const float* panel = panels_.const_data_ptr<float>() + tile.col * panels_.size(1);
+  switch (operands_) {
+    case kFloat32:
+      return tile_gemm(tile.rows, tile.cols, depth, image_.const_data_ptr<float>() + row, depth, panel, tile_cols, out,
+                       tile_cols, false);
+    case kBFloat16:
+      return tile_gemm(tile.rows, tile.cols, depth, image_.const_data_ptr<at::BFloat16>() + row, depth,
+                       halves<at::BFloat16>(panel), tile_cols, out, tile_cols, false);
+    case kInt16:
+      return tile_gemm(tile.rows, tile.cols, depth, image_.const_data_ptr<int16_t>() + row, depth,
+                       halves<int16_t>(panel), tile_cols, out, tile_cols, false,
+                       image_steps_.const_data_ptr<float>() + tile.row, text_steps_.const_data_ptr<float>() + tile.col);
+  }
 }
 
 void FeatureTiles::add_gradients(const Tile& tile, const float* values, float* scratch, float* d_image, float* d_text) const {
@@ -143,8 +129,8 @@ void FeatureTiles::add_float32(const Tile& tile, const float* values, float* ima
     transposed_gemm(tile.cols, dim, tile.rows, values, tile_cols, image_.const_data_ptr<float>() + tile.row * dim, dim,
                     text_rows, dim, !tile.first_of_cols);
   if (image_rows)
-    tile_gemm(tile.rows, dim, tile.cols, values, tile_cols, text_.const_data_ptr<float>() + tile.col * dim, dim, image_rows,
-              dim, !tile.first_of_rows);
+    tile_gemm(tile.rows, dim, tile.cols, values, tile_cols, text_.const_data_ptr<float>() + tile.col * dim, dim,
+              image_rows, dim, !tile.first_of_rows);
 }
 
 void FeatureTiles::add_bfloat16(const Tile& tile, const float* values, float* scratch, float* image_rows,
@@ -153,13 +139,13 @@ void FeatureTiles::add_bfloat16(const Tile& tile, const float* values, float* sc
   if (text_rows) {
     kernels().pair_rows(values, tile_cols, tile.rows, tile.cols, scratch, tile_cols);
     transposed_gemm(tile.cols, dim, even(tile.rows), rounded, tile_cols,
-                    image_row_pairs_.const_data_ptr<at::BFloat16>() + tile.row * dim, dim, text_rows, dim,
+                    halves<at::BFloat16>(image_row_pairs_.const_data_ptr<float>()) + tile.row * dim, dim, text_rows, dim,
                     !tile.first_of_cols);
   }
   if (image_rows) {
     kernels().narrow(values, tile_cols, true, tile.rows, tile.cols, reinterpret_cast<uint16_t*>(rounded), tile_cols);
     tile_gemm(tile.rows, dim, even(tile.cols), rounded, tile_cols,
-              text_row_pairs_.const_data_ptr<at::BFloat16>() + tile.col * dim, dim, image_rows, dim, !tile.first_of_rows);
+              halves<at::BFloat16>(text_row_pairs_.const_data_ptr<float>()) + tile.col * dim, dim, image_rows, dim, !tile.first_of_rows);
   }
 }
 
@@ -171,14 +157,14 @@ void FeatureTiles::add_int16(const Tile& tile, const float* values, float* scrat
     kernels().quantise_columns(values, tile_cols, tile.rows, tile.cols, image_steps_.const_data_ptr<float>() + tile.row,
                                image_limit_, scratch, tile_cols, steps);
     transposed_gemm(tile.cols, dim, even(tile.rows), counts, tile_cols,
-                    image_row_pairs_.const_data_ptr<int16_t>() + tile.row * dim, dim, text_rows, dim, !tile.first_of_cols,
+                    halves<int16_t>(image_row_pairs_.const_data_ptr<float>()) + tile.row * dim, dim, text_rows, dim, !tile.first_of_cols,
                     steps, nullptr);
   }
   if (image_rows) {
     kernels().quantise_rows(values, tile_cols, tile.rows, tile.cols, text_steps_.const_data_ptr<float>() + tile.col,
                             text_limit_, counts, tile_cols, steps);
     tile_gemm(tile.rows, dim, even(tile.cols), counts, tile_cols,
-              text_row_pairs_.const_data_ptr<int16_t>() + tile.col * dim, dim, image_rows, dim, !tile.first_of_rows, steps,
+              halves<int16_t>(text_row_pairs_.const_data_ptr<float>()) + tile.col * dim, dim, image_rows, dim, !tile.first_of_rows, steps,
               nullptr);
   }
 }

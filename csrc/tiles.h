@@ -49,8 +49,8 @@ class FeatureTiles {
   void add_int16(const Tile& tile, const float* values, float* scratch, float* image_rows, float* text_rows) const;
 
   enum { kFloat32, kBFloat16, kInt16 } operands_;
-  at::Tensor image_, text_;                      // float32: (n, D) and (m, D); 16 bits: of `dot`, text in pairs along D
-  at::Tensor panels_;                            // float32: text as right-hand sides of `dot`
+  at::Tensor image_, text_;                      // (n, D) and (m, D), text in float32 only; in 16 bits D is made even
+  at::Tensor panels_;                            // text as right-hand sides of `dot`
   at::Tensor image_row_pairs_, text_row_pairs_;  // 16 bits: right-hand sides of gradients
   at::Tensor image_steps_, text_steps_;          // int16: the step of each row
   float image_limit_, text_limit_;               // int16: how long what is multiplied by rows of image or text may be, in steps

@@ -86,18 +86,10 @@ void add_as(const In* in, int64_t count, float* out) {
   });
 }
 
-void interleave(const uint16_t* even, const uint16_t* odd, int64_t count, uint16_t* out) {
-  for (int64_t k = 0; k < count; ++k) {
-    const uint32_t pair = uint32_t(even[k]) | uint32_t(odd[k]) << 16;
-    std::memcpy(out + 2 * k, &pair, sizeof pair);
-  }
-}
-
 }  // namespace
 
 const PatchEmbedKernels patch_embed = {
-    readers<uint8_t>,    readers<uint16_t>, readers<float>,   finish_as<float>,
-    finish_as<uint16_t>, add_as<float>,     add_as<uint16_t>, interleave,
+    readers<uint8_t>, readers<uint16_t>, readers<float>, finish_as<float>, finish_as<uint16_t>, add_as<float>, add_as<uint16_t>,
 };
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

@@ -38,8 +38,6 @@ struct PatchEmbedKernels {
   // out[k] += in[k].
   void (*add)(const float* in, int64_t count, float* out);
   void (*add_bf16)(const uint16_t* in, int64_t count, float* out);
-  // out[2 * k], out[2 * k + 1] <- even[k], odd[k].
-  void (*interleave)(const uint16_t* even, const uint16_t* odd, int64_t count, uint16_t* out);
 };
 
 namespace baseline {
@@ -49,6 +47,9 @@ namespace avx2 {
 extern const PatchEmbedKernels patch_embed;
 }
 namespace avx512 {
+extern const PatchEmbedKernels patch_embed;
+}
+namespace avx512_bf16 {
 extern const PatchEmbedKernels patch_embed;
 }
 

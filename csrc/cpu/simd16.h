@@ -39,7 +39,14 @@ static inline IntVec bf16_bits(Vec x) {
   return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
 }
 
-static inline ShortVec to_bf16(Vec x) { return __builtin_convertvector((bf16_bits(x) >> 16) & 0xffff, ShortVec); }
+// With AVX-512 BF16 subnormal numbers become 0.
+static inline ShortVec to_bf16(Vec x) {
+#if defined(__AVX512BF16__) && VLMFAST_SIMD_WIDTH == 16
+  return ShortVec(_mm512_cvtneps_pbh(__m512(x)));
+#else
+  return __builtin_convertvector((bf16_bits(x) >> 16) & 0xffff, ShortVec);
+#endif
+}
 
 // Lane k is the pair of first[k], second[k] as bfloat16.
 static inline Vec bf16_pairs(Vec first, Vec second) {
@@ -67,6 +74,9 @@ static inline IntVec short_bits(Vec x, Vec& error) {
 
 // The first `count` numbers at p, 0 in the lanes after them.
 static inline ShortVec load(const uint16_t* p, int64_t count) {
+#if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
+  if (count != kWidth) return ShortVec(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+#endif
   ShortVec v = {};
   std::memcpy(&v, p, count * sizeof(uint16_t));
   return v;
@@ -76,7 +86,11 @@ static inline void store(uint16_t* p, int64_t count, ShortVec v) {
   if (count == kWidth)
     std::memcpy(p, &v, sizeof v);
   else
+#if defined(__AVX512F__) && VLMFAST_SIMD_WIDTH == 16
+    _mm256_mask_storeu_epi16(p, first_lanes(count), __m256i(v));
+#else
     for (int64_t k = 0; k < count; ++k) p[k] = v[k];
+#endif
 }
 
 // row[j] for any number of columns, as simd.h has it for floats.

@@ -65,6 +65,13 @@ void transpose(const float* tile, int64_t stride, int64_t rows, int64_t cols, fl
     }
 }
 
+void interleave(const uint16_t* even, const uint16_t* odd, int64_t count, uint16_t* out) {
+  for (int64_t k = 0; k < count; ++k) {
+    const uint32_t pair = uint32_t(even[k]) | uint32_t(odd[k]) << 16;
+    std::memcpy(out + 2 * k, &pair, sizeof pair);
+  }
+}
+
 void pair_rows(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride) {
   for (int64_t i = 0; i < rows; i += 2) {
     const float* next = tile + (i + 1) * stride;
@@ -177,6 +184,6 @@ void sum_matches(const float* tile, int64_t stride, int64_t rows, int64_t cols, 
 
 }  // namespace
 
-const TileKernels tile = {dot, widen, narrow, transpose, pair_rows, fixed_point, quantise_rows, quantise_columns, sum_matches};
+const TileKernels tile = {dot, widen, narrow, transpose, interleave, pair_rows, fixed_point, quantise_rows, quantise_columns, sum_matches};
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

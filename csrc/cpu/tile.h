@@ -20,6 +20,8 @@ struct TileKernels {
 
   // out[j, i] <- tile[i, j].
   void (*transpose)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);
+  // out[2 * k], out[2 * k + 1] <- even[k], odd[k].
+  void (*interleave)(const uint16_t* even, const uint16_t* odd, int64_t count, uint16_t* out);
   // out[i / 2, j], a pair of bfloat16 seen as one float, <- tile[i, j] and tile[i + 1, j], or 0 after the last row.
   void (*pair_rows)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);
 
