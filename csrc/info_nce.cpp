@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "ops.h"
@@ -140,13 +141,15 @@ struct Side {
 // sum of sums * features over all entries; some rows at a time are made float32 for it.
 double total_product(const at::Tensor& sums, const at::Tensor& features) {
   constexpr int64_t block = 256;
-  double total = 0.0;
-  for (int64_t first = 0; first < sums.size(0); first += block) {
-    const int64_t rows = std::min(block, sums.size(0) - first);
-    const auto left = sums.narrow(0, first, rows), right = features.narrow(0, first, rows).to(at::kFloat).contiguous();
-    total += VLMFAST_KERNELS(tile).dot(left.const_data_ptr<float>(), right.const_data_ptr<float>(), left.numel());
-  }
-  return total;
+  std::vector<double> parts(ceil_div(sums.size(0), block));
+  at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * block, rows = std::min(block, sums.size(0) - first);
+      const auto left = sums.narrow(0, first, rows), right = features.narrow(0, first, rows).to(at::kFloat).contiguous();
+      parts[i] = VLMFAST_KERNELS(tile).dot(left.const_data_ptr<float>(), right.const_data_ptr<float>(), left.numel());
+    }
+  });
+  return std::accumulate(parts.begin(), parts.end(), 0.0);
 }
 
 }  // namespace
@@ -172,6 +175,42 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
     sweep(tiles, positives, scale2, shift, true, columns, row, col, kept);
   }
   return {row.stacked(), col.stacked(), at::scalar_tensor(shift, at::kFloat), kept};
+}
+
+std::tuple<at::Tensor, at::Tensor> info_nce_normalise(const at::Tensor& stats_, const at::Tensor& weight_,
+                                                      const std::optional<at::Tensor>& count, const at::Tensor& scale,
+                                                      bool exclude_positive) {
+  const auto stats = stats_.contiguous(), weight = weight_.contiguous();
+  const auto counts = count ? count->to(at::kDouble).contiguous() : at::Tensor();
+  const int64_t n = stats.size(1);
+  const auto side = at::empty({3, n}, at::kFloat), losses = at::empty({n}, at::kDouble);
+  const float *shift = stats.const_data_ptr<float>(), *total = shift + n, *dot = total + n;
+  const double *weights = weight.const_data_ptr<double>(), *positives = count ? counts.const_data_ptr<double>() : nullptr;
+  const double scale2 = scale.item<double>() * kLog2e;
+  float *out = side.mutable_data_ptr<float>(), *factor = out + n, *target = factor + n;
+  double* loss = losses.mutable_data_ptr<double>();
+  at::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const double share = weights[i], z = total[i], log_total = std::log2(z) + shift[i], positive = dot[i] * scale2;
+      double value, kept = share;  // kept: what the positive leaves to the others
+      if (positives) {
+        const double each = std::max(positives[i], 1.0);
+        value = (log_total - positive / each) / kLog2e;
+        factor[i] = float(share / z);
+        kept /= each;
+      } else {
+        const double ratio = (log_total - positive) / kLog2e;  // of all negatives to the positive, natural logarithm
+        const double e = std::exp(-std::abs(ratio));
+        value = exclude_positive ? ratio : std::max(ratio, 0.0) + std::log1p(e);
+        if (!exclude_positive) kept *= (ratio < 0.0 ? e : 1.0) / (1.0 + e);
+        factor[i] = z == 0.0 ? 0.0f : float(kept / z);
+      }
+      out[i] = shift[i];
+      target[i] = float(kept);
+      loss[i] = share == 0.0 ? 0.0 : share * value;
+    }
+  });
+  return {losses.sum(), side};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(

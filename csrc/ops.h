@@ -18,6 +18,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
     const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale, const std::optional<at::Tensor>& row_codes,
     const std::optional<at::Tensor>& col_codes, int64_t label_offset, bool columns, bool keep);
 
+// Of one side: the sum of its losses, float64, and shift, factor and target (3, n), float32.
+std::tuple<at::Tensor, at::Tensor> info_nce_normalise(const at::Tensor& stats, const at::Tensor& weight,
+                                                      const std::optional<at::Tensor>& count, const at::Tensor& scale,
+                                                      bool exclude_positive);
+
 // Gradients of image, text and scale; those of image and text are empty (0,) where not asked for.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
     const at::Tensor& unit, const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale,

@@ -229,15 +229,18 @@ def normalise(sides: Sequence[Side], scale: Tensor, exclude_positive: bool) -> t
     Returns:
         terms of the loss, to be summed, in float64; for each side shift, factor and target (3, n) in float32.
     """
-    if choose("info_nce", IMPLS, scale) is IMPLS["triton"]:
+    impl = choose("info_nce", IMPLS, scale)
+    if impl is IMPLS["triton"]:
         found: tuple[Tensor, list[Tensor]] = _kernels().normalise(sides, scale, exclude_positive)
         return found
-    losses, normalised = zip(*(_normalise(side, scale, exclude_positive) for side in sides), strict=True)
-    return torch.cat(losses), list(normalised)
+    one_side = core.info_nce_normalise if impl is IMPLS["cpu"] else _normalise
+    losses, normalised = zip(*(one_side(*side, scale, exclude_positive) for side in sides), strict=True)
+    return torch.stack(losses), list(normalised)
 
 
-def _normalise(side: Side, scale: Tensor, exclude_positive: bool) -> tuple[Tensor, Tensor]:
-    stats, weight, count = side
+def _normalise(
+    stats: Tensor, weight: Tensor, count: Tensor | None, scale: Tensor, exclude_positive: bool
+) -> tuple[Tensor, Tensor]:
     shift, total, dot = stats.double()
     positive = dot * (scale.double() * LOG2E)
     log_total = total.log2() + shift
@@ -251,7 +254,7 @@ def _normalise(side: Side, scale: Tensor, exclude_positive: bool) -> tuple[Tenso
         each = count.clamp(min=1)
         loss = (log_total - positive / each) * math.log(2)
         factor, target = weight / total, weight / each
-    return torch.where(weight == 0, 0, weight * loss), torch.stack([shift, factor, target]).float()
+    return torch.where(weight == 0, 0, weight * loss).sum(), torch.stack([shift, factor, target]).float()
 
 
 def _weights(
