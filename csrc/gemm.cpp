@@ -84,7 +84,6 @@ const cpu::ProductKernels& pair_products() {
 // Those of int16.
 const cpu::ProductKernels& short_products() {
 #if defined(__x86_64__)
-  if (has_bf16_products()) return cpu::avx512_bf16::product;
   if (has_vnni()) return cpu::avx512_vnni::product;
 #endif
   return VLMFAST_KERNELS(product);
