@@ -13,7 +13,7 @@ from numerics import assert_as_exact_as_eager
 from torch import Tensor
 
 from vlmfast.ops import info_nce, patch_embed, sigmoid_loss
-from vlmfast.ops.info_nce import IMPLS, _normalise
+from vlmfast.ops.info_nce import IMPLS
 from vlmfast.ops.info_nce import reference as info_nce_reference
 from vlmfast.ops.patch_embed import reference as patch_embed_reference
 from vlmfast.ops.sigmoid_loss import reference as sigmoid_reference
@@ -133,25 +133,3 @@ def test_the_precision_of_float32_products_is_one_that_triton_has(monkeypatch: p
         found[version] = products.precision(on_gpu)
     assert found == {(3, 5): "tf32x3", (3, 6): "bf16x6", (4, 0): "bf16x6"}
     assert products.precision(torch.empty(1)) == "ieee"
-
-
-@pytest.mark.parametrize(("exclude_positive", "counted"), [(False, False), (True, False), (False, True)])
-def test_normalise(exclude_positive: bool, counted: bool) -> None:
-    """The kernel's float64 against that of torch: also where there are no negatives, no weight, and far from 1/2."""
-    from vlmfast.kernels import info_nce as loss
-
-    n = 700
-    stats = torch.stack([torch.randint(-300, 300, (n,)).float(), torch.rand(n) * 10, torch.randn(n)])
-    stats[0, 5:9], stats[2, 5:9] = torch.tensor([400.0, 60.0, -60.0, -400.0]), 0.0
-    if not exclude_positive:
-        stats[1, 0] = 0 if not counted else 1
-    weight = torch.rand(n, dtype=torch.float64)
-    weight[3] = 0
-    sides = [(stats, weight, torch.randint(0, 5, (n,)) if counted else None)]
-    sides.append((stats.flip(1)[:, :430].T.contiguous().T, weight[:430], sides[0][2][:430] if counted else None))
-    for given in (sides, sides[:1]):
-        losses, found = loss.normalise(given, torch.tensor(7.0), exclude_positive)
-        expected = [_normalise(side, torch.tensor(7.0), exclude_positive) for side in given]
-        torch.testing.assert_close(losses.sum(), sum(terms.sum() for terms, _ in expected), rtol=1e-12, atol=0)
-        for got, (_, want) in zip(found, expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=0)

@@ -156,7 +156,7 @@ def test_ids_of_64_bits_are_not_cut(backend: str) -> None:
 def test_the_torch_backend_in_chunks(monkeypatch: pytest.MonkeyPatch, options: Options, recompute: bool) -> None:
     """Rows by tens, the last chunk shorter: sums over columns go on from chunk to chunk."""
     monkeypatch.setenv("VLMFAST_BACKEND", "torch")
-    monkeypatch.setattr(sys.modules["vlmfast.ops.info_nce"], "CHUNK_ELEMENTS", 10 * 53)
+    monkeypatch.setattr(sys.modules["vlmfast.ops._info_nce_torch"], "CHUNK_ELEMENTS", 10 * 53)
     contrastive.check(
         lambda *t: info_nce(*t, recompute=recompute, **options),
         lambda *t: reference(*t, **options),

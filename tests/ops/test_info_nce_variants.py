@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import info_nce
-from vlmfast.ops.info_nce import IMPLS, reference
+from vlmfast.ops._info_nce_torch import normalise_side
+from vlmfast.ops.info_nce import IMPLS, normalise, reference
 
 
 @pytest.fixture(params=list(IMPLS))
@@ -192,3 +193,23 @@ def test_gradcheck_of_the_variants() -> None:
         {"groups": (torch.tensor([0, 1, 1, 2, 9]), torch.tensor([1, 0, 1, 2, 2, 8]))},
     ):
         assert torch.autograd.gradcheck(lambda a, b, c: reference(a, b, c, **options), (x, y, s))  # noqa: B023
+
+
+@pytest.mark.parametrize(("exclude_positive", "counted"), [(False, False), (True, False), (False, True)])
+def test_normalise(backend: str, exclude_positive: bool, counted: bool) -> None:
+    """Each backend's float64 against that of torch: also where there are no negatives, no weight, and far from 1/2."""
+    n = 700
+    stats = torch.stack([torch.randint(-300, 300, (n,)).float(), torch.rand(n) * 10, torch.randn(n)])
+    stats[0, 5:9], stats[2, 5:9] = torch.tensor([400.0, 60.0, -60.0, -400.0]), 0.0
+    if not exclude_positive:
+        stats[1, 0] = 0 if not counted else 1
+    weight = torch.rand(n, dtype=torch.float64)
+    weight[3] = 0
+    sides = [(stats, weight, torch.randint(0, 5, (n,)) if counted else None)]
+    sides.append((stats.flip(1)[:, :430].T.contiguous().T, weight[:430], sides[0][2][:430] if counted else None))
+    for given in (sides, sides[:1]):
+        losses, found = normalise(given, torch.tensor(7.0), exclude_positive)
+        expected = [normalise_side(*side, torch.tensor(7.0), exclude_positive) for side in given]
+        torch.testing.assert_close(losses.sum(), sum(loss for loss, _ in expected), rtol=1e-12, atol=0)
+        for got, (_, want) in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
