@@ -138,15 +138,23 @@ struct Side {
   }
 };
 
-// sum of sums * features over all entries; some rows at a time are made float32 for it.
-double total_product(const at::Tensor& sums, const at::Tensor& features) {
-  constexpr int64_t block = 256;
-  std::vector<double> parts(ceil_div(sums.size(0), block));
+// sum of sums * features over all entries; of features of 16 bits some rows at a time are made float32 for it.
+double total_product(const at::Tensor& sums, const at::Tensor& features_) {
+  constexpr int64_t block = 64;
+  const auto features = features_.contiguous();
+  const int64_t rows = sums.size(0), dim = sums.size(1);
+  const bool wide = features.scalar_type() == at::kFloat, bf16 = features.scalar_type() == at::kBFloat16;
+  const auto& kernels = VLMFAST_KERNELS(tile);
+  std::vector<double> parts(ceil_div(rows, block));
   at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> widened(wide ? 0 : block * dim);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * block, rows = std::min(block, sums.size(0) - first);
-      const auto left = sums.narrow(0, first, rows), right = features.narrow(0, first, rows).to(at::kFloat).contiguous();
-      parts[i] = VLMFAST_KERNELS(tile).dot(left.const_data_ptr<float>(), right.const_data_ptr<float>(), left.numel());
+      const int64_t first = i * block, count = std::min(block, rows - first);
+      if (!wide)
+        kernels.widen(static_cast<const uint16_t*>(features.const_data_ptr()) + first * dim, dim, bf16, count, dim,
+                      widened.data(), dim);
+      const float* right = wide ? features.const_data_ptr<float>() + first * dim : widened.data();
+      parts[i] = kernels.dot(sums.const_data_ptr<float>() + first * dim, right, count * dim);
     }
   });
   return std::accumulate(parts.begin(), parts.end(), 0.0);

@@ -112,7 +112,8 @@ void FeatureTiles::dot(const Tile& tile, float* out) const {
 void FeatureTiles::add_gradients(const Tile& tile, const float* values, float* scratch, float* d_image, float* d_text) const {
   float* image_rows = d_image ? d_image + tile.row * dim : nullptr;
   float* text_rows = d_text ? d_text + tile.col * dim : nullptr;
-  // Products of 16 bits go over pairs; the second of the last pair may be none, and what stands there must be finite.
+  // Products of 16 bits go over pairs; the second of the last pair may be none, and what stands there must be finite: 0, or what
+  // another product has left.
   if (operands_ != kFloat32 && tile.cols % 2) std::fill_n(scratch, tile_rows * tile_cols, 0.0f);
   switch (operands_) {
     case kFloat32:
@@ -137,15 +138,14 @@ void FeatureTiles::add_bfloat16(const Tile& tile, const float* values, float* sc
                                 float* text_rows) const {
   auto* rounded = reinterpret_cast<at::BFloat16*>(scratch);
   if (text_rows) {
+    const auto* right = halves<at::BFloat16>(image_row_pairs_.const_data_ptr<float>()) + tile.row * dim;
     kernels().pair_rows(values, tile_cols, tile.rows, tile.cols, scratch, tile_cols);
-    transposed_gemm(tile.cols, dim, even(tile.rows), rounded, tile_cols,
-                    halves<at::BFloat16>(image_row_pairs_.const_data_ptr<float>()) + tile.row * dim, dim, text_rows, dim,
-                    !tile.first_of_cols);
+    transposed_gemm(tile.cols, dim, even(tile.rows), rounded, tile_cols, right, dim, text_rows, dim, !tile.first_of_cols);
   }
   if (image_rows) {
+    const auto* right = halves<at::BFloat16>(text_row_pairs_.const_data_ptr<float>()) + tile.col * dim;
     kernels().narrow(values, tile_cols, true, tile.rows, tile.cols, reinterpret_cast<uint16_t*>(rounded), tile_cols);
-    tile_gemm(tile.rows, dim, even(tile.cols), rounded, tile_cols,
-              halves<at::BFloat16>(text_row_pairs_.const_data_ptr<float>()) + tile.col * dim, dim, image_rows, dim, !tile.first_of_rows);
+    tile_gemm(tile.rows, dim, even(tile.cols), rounded, tile_cols, right, dim, image_rows, dim, !tile.first_of_rows);
   }
 }
 
@@ -154,17 +154,17 @@ void FeatureTiles::add_int16(const Tile& tile, const float* values, float* scrat
   auto* counts = reinterpret_cast<int16_t*>(scratch);
   float steps[cpu::kMaxTile];
   if (text_rows) {
+    const auto* right = halves<int16_t>(image_row_pairs_.const_data_ptr<float>()) + tile.row * dim;
     kernels().quantise_columns(values, tile_cols, tile.rows, tile.cols, image_steps_.const_data_ptr<float>() + tile.row,
                                image_limit_, scratch, tile_cols, steps);
-    transposed_gemm(tile.cols, dim, even(tile.rows), counts, tile_cols,
-                    halves<int16_t>(image_row_pairs_.const_data_ptr<float>()) + tile.row * dim, dim, text_rows, dim, !tile.first_of_cols,
-                    steps, nullptr);
+    transposed_gemm(tile.cols, dim, even(tile.rows), counts, tile_cols, right, dim, text_rows, dim, !tile.first_of_cols, steps,
+                    nullptr);
   }
   if (image_rows) {
+    const auto* right = halves<int16_t>(text_row_pairs_.const_data_ptr<float>()) + tile.col * dim;
     kernels().quantise_rows(values, tile_cols, tile.rows, tile.cols, text_steps_.const_data_ptr<float>() + tile.col,
                             text_limit_, counts, tile_cols, steps);
-    tile_gemm(tile.rows, dim, even(tile.cols), counts, tile_cols,
-              halves<int16_t>(text_row_pairs_.const_data_ptr<float>()) + tile.col * dim, dim, image_rows, dim, !tile.first_of_rows, steps,
+    tile_gemm(tile.rows, dim, even(tile.cols), counts, tile_cols, right, dim, image_rows, dim, !tile.first_of_rows, steps,
               nullptr);
   }
 }

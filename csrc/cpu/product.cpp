@@ -28,8 +28,8 @@ constexpr bool kFetches = false;
 // Fewer rows than this do not pay for the copy.
 constexpr int64_t kLeastPacked = 4 * kBlockRows;
 
-// What a and b hold: `spread`, an entry in all lanes; multiply_add, sum + left * right; add, what is stored
-// for a sum of row r and of the columns from j; at, the same for a part of c that begins there.
+// What a and b hold: `spread`, an entry in all lanes; multiply_add, sum + left * right; add, what is stored for a
+// sum of row r and of the columns from j, `before` being there; at, the same for a part of c that begins there.
 struct Floats {
   using Sum = Vec;
 

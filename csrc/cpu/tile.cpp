@@ -184,6 +184,7 @@ void sum_matches(const float* tile, int64_t stride, int64_t rows, int64_t cols, 
 
 }  // namespace
 
-const TileKernels tile = {dot, widen, narrow, transpose, interleave, pair_rows, fixed_point, quantise_rows, quantise_columns, sum_matches};
+const TileKernels tile = {dot,       widen,       narrow,        transpose,        interleave,
+                          pair_rows, fixed_point, quantise_rows, quantise_columns, sum_matches};
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

@@ -137,6 +137,7 @@ def info_nce(
     FLOPs, forward and backward: 8*n*N*D recomputed, 6*n*N*D kept; a side without gradient saves 2*n*N*D. On a GPU,
     bfloat16 and float16 features are multiplied as float16 with float32 sums, and float32 ones too where torch may use
     TF32, torch.backends.cuda.matmul.fp32_precision being "tf32", which is not its default; else as pairs of float16.
+    On a CPU features of 16 bits are multiplied as bfloat16 or int16 where that is faster: docs/numerics.md.
     Repeatable bit for bit for a given number of threads.
     Source: Radford et al. 2021, figure 3; van den Oord et al. 2018, equation 4; Jia et al. 2021 (label smoothing);
     Fuerst et al. 2022, equation 2 (InfoLOOB).
