@@ -5,7 +5,6 @@
 #include <set>
 #include <thread>
 
-#include "gemm.h"
 #include "ops.h"
 #ifdef VLMFAST_CUDA_ARCHS
 #include "cuda/bindings.h"

@@ -29,8 +29,10 @@ static_assert(kRows <= cpu::kMaxTile && kCols <= cpu::kMaxTile);
 
 template <class Kernels>
 const Kernels& choose_isa(const Kernels& baseline, const Kernels& avx2, const Kernels& avx512) {
-  static const std::string isa = cpu_isa();
-  static const Kernels& chosen = isa == "avx512" ? avx512 : isa == "avx2" ? avx2 : baseline;
+  static const Kernels& chosen = [&]() -> const Kernels& {  // there is one set of each type
+    const std::string isa = cpu_isa();
+    return isa == "avx512" ? avx512 : isa == "avx2" ? avx2 : baseline;
+  }();
   return chosen;
 }
 
@@ -71,9 +73,6 @@ at::Tensor row_pairs(const at::Tensor& rows);
 
 // Whether bfloat16 operands are to be multiplied as such.
 bool wants_bf16_schedule();
-
-// Whether features of 16 bits are else to be multiplied as int16: with AVX-512 VNNI or AVX2 that is faster than float32.
-bool wants_int16_schedule();
 
 // Tensors that outlive the call. Fresh memory costs as much as a quarter of the whole op in page faults, so that of the last
 // `count` calls serves again once nobody else holds it: a training loop needs it in every step.

@@ -79,6 +79,9 @@ std::string cpu_isa();
 // Whether bfloat16 features are multiplied as such (AVX-512 BF16, AMX) rather than widened to float32.
 bool has_bf16_products();
 
+// Whether features of 16 bits are else multiplied as int16: with AVX-512 VNNI or AVX2 that is faster than float32.
+bool wants_int16_schedule();
+
 // GFLOP/s of tile products on operands that stay in cache, on all threads: what the loops of the losses could reach at most.
 double tile_product_gflops(bool bf16);
 

@@ -51,7 +51,7 @@ float limit_beside(const at::Tensor& values) {
   });
   // Any kMaxTile rows lie in two blocks.
   const float most = at::add(squares.narrow(0, 0, blocks), squares.narrow(0, 1, blocks)).max().item<float>();
-  return std::min(32700.0f, 2.1e9f / std::sqrt(std::max(most, 1.0f)));
+  return std::min(cpu::kMostSteps, 2.1e9f / std::sqrt(std::max(most, 1.0f)));
 }
 
 }  // namespace
@@ -79,8 +79,8 @@ FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool
   }
   auto rows = image, cols = text;
   if (operands_ == kInt16) {
-    std::tie(rows, image_steps_) = fixed_point(image);
-    std::tie(cols, text_steps_) = fixed_point(text);
+    if (with_dot || text_grad) std::tie(rows, image_steps_) = fixed_point(image);
+    if (with_dot || image_grad) std::tie(cols, text_steps_) = fixed_point(text);
     if (image_grad) text_limit_ = limit_beside(cols);
     if (text_grad) image_limit_ = limit_beside(rows);
   }

@@ -9,10 +9,13 @@ from numerics import assert_as_exact_as_eager
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmfast.ops import info_nce
 from vlmfast.ops._dispatch import core
+from vlmfast.ops.info_nce import reference as info_nce_reference
 
 # A few roundings; the rounding of a dot product, times the scale, is a relative error of the exponential.
 EPSILON = 2e-6
+FLOAT32 = 2.0**-24  # what float32 loses of a dot product of features, in units of their lengths
 # What int16 loses at most of a dot product, in units of the features' lengths, and of a row of the gradient tile.
 FIXED_POINT = 2.0**-15
 
@@ -22,7 +25,7 @@ def rounding_of_dots(backend: str, dtype: torch.dtype) -> float:
     info = core.build_info() if core is not None and backend == "cpu" else {"int16_products": False}
     if info["int16_products"] and (dtype == torch.float16 or (dtype == torch.bfloat16 and not info["bf16_products"])):
         return FIXED_POINT
-    return 2.0**-24
+    return FLOAT32
 
 
 def unit(rows: int, dim: int) -> Tensor:
@@ -43,7 +46,7 @@ def check(
     *scalars: float,
     dtype: torch.dtype = torch.float32,
     terms: int = 1,
-    dots: float = 2.0**-24,
+    dots: float = FLOAT32,
 ) -> None:
     """Loss and gradients of fused(image, text, *scalars), the scale first among them, by the twice-eager rule.
 
@@ -61,3 +64,20 @@ def check(
         floors=(rounding, gradient, gradient, *[rounding] * len(scalars)),
         names=("loss", "image gradient", "text gradient", "scale gradient", "bias gradient")[: 3 + len(scalars)],
     )
+
+
+def check_info_nce(
+    image: Tensor,
+    text: Tensor,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+    *,
+    recompute: bool | None = None,
+    dots: float = FLOAT32,
+    **options: object,
+) -> None:
+    check(
+        lambda x, y, s: info_nce(x, y, s, recompute=recompute, **options),
+        lambda x, y, s: info_nce_reference(x, y, s, **options),
+        image, text, scale, dtype=dtype, dots=dots,
+    )  # fmt: skip

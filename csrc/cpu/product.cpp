@@ -30,13 +30,16 @@ constexpr int64_t kLeastPacked = 4 * kBlockRows;
 
 // What a and b hold: `spread`, an entry in all lanes; multiply_add, sum + left * right; add, what is stored for a
 // sum of row r and of the columns from j, `before` being there; at, the same for a part of c that begins there.
-struct Floats {
+template <class Entries>
+struct FloatSums {
   using Sum = Vec;
+  static Vec add(Vec sum, Vec before, int64_t, int64_t, int64_t) { return sum + before; }
+  static Entries at(int64_t, int64_t) { return {}; }
+};
 
+struct Floats : FloatSums<Floats> {
   static Vec spread(float entry) { return splat(entry); }
   static Vec multiply_add(Vec left, Vec right, Vec sum) { return VLMFAST_ISA::multiply_add(left, right, sum); }
-  static Vec add(Vec sum, Vec before, int64_t, int64_t, int64_t) { return sum + before; }
-  Floats at(int64_t, int64_t) const { return {}; }
 };
 
 // The bits of an entry in all lanes, which may be those of no number.
@@ -47,9 +50,7 @@ Vec spread_bits(float entry) {
 }
 
 // Pairs of bfloat16, each seen as one float, whose products are added: sum + left[0] * right[0] + left[1] * right[1].
-struct Pairs {
-  using Sum = Vec;
-
+struct Pairs : FloatSums<Pairs> {
   static Vec spread(float entry) { return spread_bits(entry); }
   static Vec multiply_add(Vec left, Vec right, Vec sum) {
 #if defined(__AVX512BF16__) && VLMFAST_SIMD_WIDTH == 16
@@ -61,8 +62,6 @@ struct Pairs {
     return VLMFAST_ISA::multiply_add(second(left), second(right), sum);
 #endif
   }
-  static Vec add(Vec sum, Vec before, int64_t, int64_t, int64_t) { return sum + before; }
-  Pairs at(int64_t, int64_t) const { return {}; }
 };
 
 // Pairs of int16 likewise.

@@ -100,7 +100,7 @@ void fixed_point(const uint16_t* from, int64_t from_stride, bool bf16, int64_t r
       squares = multiply_add(x, x, squares);
       top = max(top, max(x, -x));
     });
-    const float by_norm = __builtin_sqrtf(reduce_add(squares)) / 46000.0f, by_entry = reduce_max(top) / 32700.0f;
+    const float by_norm = __builtin_sqrtf(reduce_add(squares)) / 46000.0f, by_entry = reduce_max(top) / kMostSteps;
     const Step step(by_entry > by_norm ? by_entry : by_norm);  // by_norm is NaN if an entry is
     steps[i] = step.step;
     for_each([&](Vec x, int64_t j, int64_t count) {

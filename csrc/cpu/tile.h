@@ -8,6 +8,9 @@ namespace vlmfast::cpu {
 // The most rows and columns of a tile.
 constexpr int64_t kMaxTile = 256;
 
+// The largest count of steps in an int16, with room for what rounding adds.
+constexpr float kMostSteps = 32700.0f;
+
 struct TileKernels {
   // sum of a[k] * b[k], in double across blocks.
   double (*dot)(const float* a, const float* b, int64_t count);
@@ -26,12 +29,12 @@ struct TileKernels {
   void (*pair_rows)(const float* tile, int64_t stride, int64_t rows, int64_t cols, float* out, int64_t out_stride);
 
   // out[i, j] <- from[i, j], bfloat16 or else float16, as int16 in steps of steps[i]: as fine as lets every row's 2-norm be at
-  // most 46,000 steps, so that the product of two rows is an int32, and every entry at most 32,700. A row of zeros has step 0;
+  // most 46,000 steps, so that the product of two rows is an int32, and every entry at most kMostSteps. A row of zeros has step 0;
   // what is not finite makes its row's step so.
   void (*fixed_point)(const uint16_t* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, int16_t* out,
                       int64_t out_stride, float* steps);
   // out[i, j] <- tile[i, j] * factors[j] as int16, in steps of steps[i] <- the row's 2-norm / limit: in units of its step, no row
-  // is longer than limit (at most 32,700) but for rounding. What rounding takes from an entry goes to another one of its row, so
+  // is longer than limit (at most kMostSteps) but for rounding. What rounding takes from an entry goes to another one of its row, so
   // that many small ones are not lost together. Steps of 0 and what is not finite as above.
   void (*quantise_rows)(const float* tile, int64_t stride, int64_t rows, int64_t cols, const float* factors, float limit,
                         int16_t* out, int64_t out_stride, float* steps);

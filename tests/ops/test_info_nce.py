@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import math
 
-import contrastive
 import pytest
 import torch
 from backends import use_backend
+from contrastive import check_info_nce as check
 from contrastive import pairs, rounding_of_dots, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_exact_as_eager, loss_and_gradients
-from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import info_nce
@@ -23,15 +22,6 @@ NAMES = ("loss", "image gradient", "text gradient", "scale gradient")
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     use_backend(monkeypatch, IMPLS, request.param)
     return request.param
-
-
-def check(image: Tensor, text: Tensor, scale: float, dtype: torch.dtype = torch.float32, **options: object) -> None:
-    recompute, dots = options.pop("recompute", None), options.pop("dots", 2.0**-24)
-    contrastive.check(
-        lambda x, y, s: info_nce(x, y, s, recompute=recompute, **options),
-        lambda x, y, s: reference(x, y, s, **options),
-        image, text, scale, dtype=dtype, dots=dots,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-import contrastive
 import pytest
 import torch
-from contrastive import FIXED_POINT, pairs, unit
+from contrastive import FIXED_POINT, FLOAT32, pairs, unit
+from contrastive import check_info_nce as check
 from numerics import loss_and_gradients
 from torch import Tensor
 
@@ -14,15 +15,6 @@ from vlmfast.ops._dispatch import core
 from vlmfast.ops.info_nce import reference
 
 pytestmark = pytest.mark.skipif(core is None, reason="the C++ extension was not built")
-
-
-def check(image: Tensor, text: Tensor, scale: float, dtype: torch.dtype = torch.float32, **options: object) -> None:
-    recompute, dots = options.pop("recompute", None), options.pop("dots", 2.0**-24)
-    contrastive.check(
-        lambda x, y, s: info_nce(x, y, s, recompute=recompute, **options),
-        lambda x, y, s: reference(x, y, s, **options),
-        image, text, scale, dtype=dtype, dots=dots,
-    )  # fmt: skip
 
 
 def test_more_threads_change_only_roundings() -> None:
@@ -71,18 +63,24 @@ SCHEDULES = {
     "int16": torch.float16,  # fixed point, as with AVX-512 VNNI or AVX2
     "int16 of bfloat16": torch.bfloat16,  # as where there is AVX2 and no AVX-512
 }
-
-
 Half = tuple[torch.dtype, float]
+
+
+@contextmanager
+def forced(schedule: str) -> Iterator[None]:
+    core.force_schedule(schedule)
+    try:
+        yield
+    finally:
+        core.force_schedule("")
 
 
 @pytest.fixture(params=SCHEDULES)
 def half(request: pytest.FixtureRequest) -> Iterator[Half]:
     """A dtype of 16 bits with each schedule that some processor takes for it, and what that rounds dot products by."""
     schedule = request.param.split()[0]
-    core.force_schedule(schedule)
-    yield SCHEDULES[request.param], FIXED_POINT if schedule == "int16" else 2.0**-24
-    core.force_schedule("")
+    with forced(schedule):
+        yield SCHEDULES[request.param], FIXED_POINT if schedule == "int16" else FLOAT32
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -98,6 +96,15 @@ def test_products_of_16_bits_of_strided_features(half: Half) -> None:
     strided = loss_and_gradients(info_nce, (x, y, torch.tensor(3.0)))
     contiguous = loss_and_gradients(info_nce, (x.contiguous(), y.contiguous(), torch.tensor(3.0)))
     assert all(torch.equal(a, b) for a, b in zip(strided, contiguous, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_frozen_side_in_16_bits(half: Half, recompute: bool) -> None:
+    """What only the other side's gradient reads is not made; this side's is the same to the bit."""
+    image, text = (t.to(half[0]).requires_grad_() for t in pairs(150, 48))
+    both = torch.autograd.grad(info_nce(image, text, 20.0, recompute=recompute), (image, text))
+    for x, y, leaf, expected in ((image, text.detach(), image, both[0]), (image.detach(), text, text, both[1])):
+        assert torch.equal(torch.autograd.grad(info_nce(x, y, 20.0, recompute=recompute), leaf)[0], expected)
 
 
 def test_products_of_16_bits_of_a_rectangle(half: Half) -> None:
@@ -129,25 +136,19 @@ def test_fixed_point_is_as_exact_as_the_dtype(dtype: torch.dtype, rounding: floa
     image, text = image.to(dtype), text.to(dtype)
     inputs = [t.double().requires_grad_() for t in (image, text)]
     exact = torch.autograd.grad(reference(*inputs, torch.tensor(1.0).double()), inputs)
-    core.force_schedule("int16")
-    try:
-        leaves = [t.clone().requires_grad_() for t in (image, text)]
+    leaves = [t.clone().requires_grad_() for t in (image, text)]
+    with forced("int16"):
         found = torch.autograd.grad(info_nce(*leaves, 1.0) * 256, leaves)  # else float16 has no room for the small ones
-    finally:
-        core.force_schedule("")
     for ours, truth in zip(found, exact, strict=True):
         torch.testing.assert_close(ours.double() / 256, truth, rtol=0, atol=2 * rounding * truth.abs().max().item())
 
 
 def test_fixed_point_passes_on_what_is_not_finite() -> None:
-    core.force_schedule("int16")
-    try:
-        for value in (float("nan"), float("inf")):
-            image, text = (t.half() for t in pairs(40, 16))
-            image[3, 2] = value
+    for value in (float("nan"), float("inf")):
+        image, text = (t.half() for t in pairs(40, 16))
+        image[3, 2] = value
+        with forced("int16"):
             assert not info_nce(image, text, 10.0).isfinite()
-    finally:
-        core.force_schedule("")
 
 
 @pytest.fixture
@@ -159,8 +160,10 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_no_memory_is_read_before_it_is_written(half: Half, fresh_memory_is_nan, threads: int) -> None:
-    image, text = (t.to(half[0]).requires_grad_() for t in (unit(131, 33), unit(205, 33)))
+@pytest.mark.parametrize("single", [False, True])
+def test_no_memory_is_read_before_it_is_written(half: Half, fresh_memory_is_nan, threads: int, single: bool) -> None:
+    dtype = torch.float32 if single else half[0]
+    image, text = (t.to(dtype).requires_grad_() for t in (unit(131, 33), unit(205, 33)))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)

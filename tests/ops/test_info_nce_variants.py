@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import contrastive
 import pytest
 import torch
 from backends import use_backend
-from contrastive import pairs, unit
+from contrastive import check_info_nce, pairs, unit
 from numerics import loss_and_gradients
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,11 +21,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def check(image: Tensor, text: Tensor, scale: float, dtype: torch.dtype = torch.float32, **options: object) -> None:
     for recompute in (False, True):
-        contrastive.check(
-            lambda x, y, s: info_nce(x, y, s, recompute=recompute, **options),  # noqa: B023
-            lambda x, y, s: reference(x, y, s, **options),
-            image, text, scale, dtype=dtype,
-        )  # fmt: skip
+        check_info_nce(image, text, scale, dtype, recompute=recompute, **options)
 
 
 def groups(rows: int, columns: int, kinds: int = 12, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:

@@ -137,9 +137,8 @@ def test_gradients_of_float16_survive_a_scaled_loss(backend: str) -> None:
     (sigmoid_loss(x, y, 1e-2, -12.0) * 2.0**16).backward()
     exact = loss_and_gradients(reference, (x, y, torch.tensor(1e-2), torch.tensor(-12.0)), [torch.float64] * 4)
     expected = exact[1] * 2.0**16
-    fixed_point = (
-        rounding_of_dots(backend, torch.float16) == FIXED_POINT
-    )  # which leaves float16's rounding of the largest
+    # Fixed point leaves float16's rounding of the largest.
+    fixed_point = rounding_of_dots(backend, torch.float16) == FIXED_POINT
     lost = 2.0**-11 * expected.abs().max().item() if fixed_point else 1e-6
     torch.testing.assert_close(x.grad.double(), expected, rtol=2e-3, atol=lost)
 
