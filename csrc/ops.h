@@ -66,7 +66,7 @@ at::Tensor patch_embed_forward(const at::Tensor& pixels, const at::Tensor& weigh
                                const std::optional<at::Tensor>& keep, const FloatList& mean, const FloatList& std, bool pad,
                                at::ScalarType product_dtype, at::ScalarType token_dtype);
 
-// weight_grad (O, C, p, q) and token_grad (k + n, O), float32; (0,) where not asked for.
+// weight_grad (O, C, p, q), of weight's dtype, and token_grad (k + n, O), float32; (0,) where not asked for.
 std::tuple<at::Tensor, at::Tensor> patch_embed_backward(const at::Tensor& grad, const at::Tensor& pixels,
                                                         const at::Tensor& weight, const std::optional<at::Tensor>& keep,
                                                         int64_t prefix_tokens, bool weight_grad, bool token_grad,

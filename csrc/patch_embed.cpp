@@ -101,15 +101,12 @@ class PatchRows {
     });
   }
 
-  // weight (O, C, p, q) as rows in the order of a patch's entries, and back.
-  at::Tensor weight_rows(const at::Tensor& weight) const {
-    return (interleaved ? weight.permute({0, 2, 3, 1}) : weight).reshape({weight.size(0), entries});
+  // A row of weight (O, C, p, q) or of its gradient from the order that those have to a patch's, and back.
+  void from_weight(const float* in, float* out) const { reorder(kernels().interleave, in, out); }
+  void from_weight(const at::BFloat16* in, at::BFloat16* out) const {
+    reorder(kernels().interleave_16, reinterpret_cast<const uint16_t*>(in), reinterpret_cast<uint16_t*>(out));
   }
-  at::Tensor from_rows(const at::Tensor& rows) const {
-    const int64_t width = rows.size(0);
-    return interleaved ? rows.view({width, patch_height, patch_width, channels}).permute({0, 3, 1, 2}).contiguous()
-                       : rows.view({width, channels, patch_height, patch_width});
-  }
+  void to_weight(const float* in, float* out) const { reorder(kernels().separate, in, out); }
 
  private:
   // The pixels, copied where they are not lines of neighbours or of a dtype that is not read.
@@ -117,6 +114,14 @@ class PatchRows {
     const auto pixels = given.scalar_type() == at::kHalf ? given.to(at::kFloat) : given;
     const bool lines = pixels.stride(3) == 1 || (pixels.stride(1) == 1 && pixels.stride(3) == pixels.size(1));
     return lines ? pixels : pixels.contiguous();
+  }
+
+  template <class T>
+  void reorder(void (*kernel)(const T*, int64_t, int64_t, T*), const T* in, T* out) const {
+    if (interleaved)
+      kernel(in, channels, entries / channels, out);
+    else
+      std::copy_n(in, entries, out);
   }
 
   // The lines of row t's patch, on their way into cache.
@@ -134,7 +139,7 @@ class PatchRows {
     constexpr int64_t ahead = 2;
     const auto with = [&](const auto& read) {
       for (int64_t r = 0; r < count; ++r) {
-        if (keep.defined() && r + ahead < count) fetch_lines(first + r + ahead);
+        if (r + ahead < count) fetch_lines(first + r + ahead);
         f(read, (first + r) / taken, patch(first + r), r);
       }
     };
@@ -150,6 +155,57 @@ class PatchRows {
   std::vector<float> factor_, shift_;
   cpu::Patches layout_;
 };
+
+constexpr int64_t kWeightRows = 16;  // of the weight or of its gradient that are reordered at a time
+static_assert(kCols % kWeightRows == 0);
+
+// weight (O, C, p, q) as right-hand sides of products over the entries of a patch, made up to `even` with zeros: panels of kCols
+// columns, as column_panels has them.
+template <class Product>
+at::Tensor weight_panels(const PatchRows& patches, const at::Tensor& weight, int64_t even) {
+  const auto dtype = c10::CppTypeToScalarType<Product>::value;
+  const auto given = weight.to(dtype).contiguous();
+  const auto* in = given.template const_data_ptr<Product>();
+  const int64_t width = weight.size(0), k = even * int64_t(sizeof(Product)) / int64_t(sizeof(float));
+  const auto out = at::empty({ceil_div(width, kCols), k, kCols}, at::kFloat);
+  at::parallel_for(0, out.size(0) * kCols / kWeightRows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<Product> rows(kWeightRows * even);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kWeightRows, count = std::clamp<int64_t>(width - first, 0, kWeightRows);
+      for (int64_t r = 0; r < count; ++r)
+        patches.from_weight(in + (first + r) * patches.entries, rows.data() + r * even);
+      std::fill(rows.begin() + count * even, rows.end(), Product(0));
+      VLMFAST_KERNELS(tile).transpose(reinterpret_cast<const float*>(rows.data()), k, kWeightRows, k,
+                                      out.mutable_data_ptr<float>() + first / kCols * kCols * k + first % kCols, kCols);
+    }
+  });
+  return out;
+}
+
+// (O, C, p, q) of weight's dtype from sums (splits, O, even) over patches.
+at::Tensor weight_from(const PatchRows& patches, const at::Tensor& sums, const at::Tensor& weight) {
+  const int64_t splits = sums.size(0), width = sums.size(1), even = sums.size(2), entries = patches.entries;
+  const auto out = at::empty(weight.sizes(), weight.scalar_type());
+  const auto dtype = weight.scalar_type();
+  const auto* in = sums.const_data_ptr<float>();
+  auto* to = out.mutable_data_ptr();
+  at::parallel_for(0, width, kWeightRows, [&](int64_t begin, int64_t end) {
+    std::vector<float> total(entries), ordered(entries);
+    for (int64_t row = begin; row < end; ++row) {
+      std::copy_n(in + row * even, entries, total.data());
+      for (int64_t split = 1; split < splits; ++split)
+        kernels().add(in + (split * width + row) * even, entries, total.data());
+      if (dtype == at::kFloat) {
+        patches.to_weight(total.data(), static_cast<float*>(to) + row * entries);
+      } else {
+        patches.to_weight(total.data(), ordered.data());
+        VLMFAST_KERNELS(tile).narrow(ordered.data(), entries, dtype == at::kBFloat16, 1, entries,
+                                     static_cast<uint16_t*>(to) + row * entries, entries);
+      }
+    }
+  });
+  return out;
+}
 
 // tile (m, kCols) <- rows a (m, k) times a panel of kCols columns.
 void product(int64_t m, int64_t k, const float* a, const float* panel, float* tile) {
@@ -176,20 +232,23 @@ template <class Product, class Token>
 void embed(const PatchRows& patches, const at::Tensor& weight, const Added& added, const at::Tensor& tokens) {
   const int64_t width = weight.size(0), even = ceil_div(patches.entries, 16) * 16;
   const auto dtype = c10::CppTypeToScalarType<Product>::value;
-  const auto rows = at::constant_pad_nd(patches.weight_rows(weight).to(dtype), {0, even - patches.entries}).contiguous();
-  const auto right = column_panels(rows, kCols);
+  const auto right = weight_panels<Product>(patches, weight, even);
   const int64_t panel = right.stride(0);
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), ceil_div(patches.rows, 64)));
-  const int64_t step = equal_steps(ceil_div(patches.rows, threads));
-  at::parallel_for(0, ceil_div(patches.rows, step), 1, [&](int64_t begin, int64_t end) {
+  const int64_t share = ceil_div(patches.rows, threads), step = equal_steps(share);
+  const int64_t all = added.prefix + patches.taken;
+  const auto* panels = right.template const_data_ptr<float>();
+  auto* to = tokens.template mutable_data_ptr<Token>();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const auto block = at::empty({step, even}, dtype), tile = at::empty({step, kCols}, at::kFloat);
     auto* left = block.template mutable_data_ptr<Product>();
     float* products = tile.template mutable_data_ptr<float>();
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * step, count = std::min(step, patches.rows - first);
+    const int64_t last = std::min(patches.rows, end * share);
+    for (int64_t first = begin * share; first < last; first += step) {
+      const int64_t count = std::min(step, last - first);
       patches.read(first, count, left, even);
       for (int64_t col = 0; col < width; col += kCols) {
-        product(count, even, left, right.template const_data_ptr<float>() + col / kCols * panel, products);
+        product(count, even, left, panels + col / kCols * panel, products);
         for (int64_t r = 0; r < count; ++r) {
           const int64_t image = (first + r) / patches.taken, token = (first + r) % patches.taken + added.prefix;
           const float* position =
@@ -197,8 +256,7 @@ void embed(const PatchRows& patches, const at::Tensor& weight, const Added& adde
                                    (patches.patch(first + r) + added.prefix) * width + col
                              : nullptr;
           finish(products + r * kCols, added.bias ? added.bias + col : nullptr, position, std::min(kCols, width - col),
-                 tokens.template mutable_data_ptr<Token>() +
-                     (image * (added.prefix + patches.taken) + token) * width + col);
+                 to + (image * all + token) * width + col);
         }
       }
     }
@@ -234,10 +292,10 @@ void pair_rows(const Row& row, int64_t count, int64_t cols, at::BFloat16* out, i
                                      reinterpret_cast<uint16_t*>(out + r * stride));
 }
 
-// (O, entries) = grad's rows transposed times the patches. Threads split the sum over patches; beyond kMostSplits of them
+// (O, C, p, q) = grad's rows transposed times the patches. Threads split the sum over patches; beyond kMostSplits of them
 // also the rows of the result, whose shares read the same patches again.
 template <class Product, class Token>
-at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int64_t prefix) {
+at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& weight, const at::Tensor& grad, int64_t prefix) {
   constexpr bool single = std::is_same_v<Product, float>;
   const int64_t width = grad.size(2), even = ceil_div(patches.entries, 16) * 16;
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), ceil_div(patches.rows, 64)));
@@ -295,7 +353,7 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& grad, int
     }
     release_thread();
   });
-  return patches.from_rows((splits == 1 ? sums[0] : sums.sum(0)).narrow(1, 0, patches.entries).contiguous());
+  return weight_from(patches, sums, weight);
 }
 
 void add(const float* in, int64_t count, float* out) { kernels().add(in, count, out); }
@@ -364,11 +422,11 @@ std::tuple<at::Tensor, at::Tensor> patch_embed_backward(const at::Tensor& grad_,
   auto d_weight = at::empty({0}, at::kFloat), d_tokens = at::empty({0}, at::kFloat);
   if (weight_grad) {
     if (product_dtype == at::kBFloat16 && wants_bf16_schedule())
-      d_weight = narrow ? weight_gradient<at::BFloat16, at::BFloat16>(patches, grad, prefix_tokens)
-                        : weight_gradient<at::BFloat16, float>(patches, grad, prefix_tokens);
+      d_weight = narrow ? weight_gradient<at::BFloat16, at::BFloat16>(patches, weight, grad, prefix_tokens)
+                        : weight_gradient<at::BFloat16, float>(patches, weight, grad, prefix_tokens);
     else
-      d_weight = narrow ? weight_gradient<float, at::BFloat16>(patches, grad, prefix_tokens)
-                        : weight_gradient<float, float>(patches, grad, prefix_tokens);
+      d_weight = narrow ? weight_gradient<float, at::BFloat16>(patches, weight, grad, prefix_tokens)
+                        : weight_gradient<float, float>(patches, weight, grad, prefix_tokens);
   }
   if (token_grad)
     d_tokens = narrow ? token_gradient<at::BFloat16>(patches, grad, prefix_tokens)

@@ -1,5 +1,7 @@
 #include "patch_embed.h"
 
+#include <type_traits>
+
 #include "simd16.h"
 
 namespace vlmfast::cpu::VLMFAST_ISA {
@@ -79,6 +81,30 @@ void finish_as(const float* products, const float* bias, const float* position, 
   });
 }
 
+// f(channels) with a constant in the place of the usual 3, for which compilers find vector code.
+template <class F>
+inline void with_constant(int64_t channels, const F& f) {
+  if (channels == 3)
+    f(std::integral_constant<int64_t, 3>());
+  else
+    f(channels);
+}
+
+template <class T>
+void interleave(const T* in, int64_t channels, int64_t count, T* __restrict__ out) {
+  with_constant(channels, [=](auto all) {
+    for (int64_t x = 0; x < count; ++x)
+      for (int64_t c = 0; c < all; ++c) out[x * all + c] = in[c * count + x];
+  });
+}
+
+void separate(const float* in, int64_t channels, int64_t count, float* __restrict__ out) {
+  with_constant(channels, [=](auto all) {
+    for (int64_t x = 0; x < count; ++x)
+      for (int64_t c = 0; c < all; ++c) out[c * count + x] = in[x * all + c];
+  });
+}
+
 template <class In>
 void add_as(const In* in, int64_t count, float* out) {
   for_each_vector(count, [&](int64_t k, int64_t lanes) {
@@ -89,7 +115,8 @@ void add_as(const In* in, int64_t count, float* out) {
 }  // namespace
 
 const PatchEmbedKernels patch_embed = {
-    readers<uint8_t>, readers<uint16_t>, readers<float>, finish_as<float>, finish_as<uint16_t>, add_as<float>, add_as<uint16_t>,
+    readers<uint8_t>,    readers<uint16_t>,    readers<float>, finish_as<float>, finish_as<uint16_t>,
+    interleave<float>, interleave<uint16_t>, separate,       add_as<float>,    add_as<uint16_t>,
 };
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

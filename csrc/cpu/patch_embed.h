@@ -35,6 +35,11 @@ struct PatchEmbedKernels {
   void (*finish)(const float* products, const float* bias, const float* position, int64_t count, float* out);
   void (*finish_bf16)(const float* products, const float* bias, const float* position, int64_t count, uint16_t* out);
 
+  // out[x, c] <- in[c, x] for `count` x, of 32 or 16 bits, and back.
+  void (*interleave)(const float* in, int64_t channels, int64_t count, float* out);
+  void (*interleave_16)(const uint16_t* in, int64_t channels, int64_t count, uint16_t* out);
+  void (*separate)(const float* in, int64_t channels, int64_t count, float* out);
+
   // out[k] += in[k].
   void (*add)(const float* in, int64_t count, float* out);
   void (*add_bf16)(const uint16_t* in, int64_t count, float* out);

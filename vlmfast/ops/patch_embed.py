@@ -5,9 +5,9 @@ With P = C*p*q entries of a patch, n patches of an image in row-major order, K o
 
 - forward returns tokens (B, k + K, O): normalised patches, rounded to the dtype of products, times weight.flatten(1).T
   with float32 sums, plus bias, after the prefix; plus position (k + n, O) or (B, k + n, O) at the taken patches.
-- backward(grad, ...) returns weight_grad (O, C, p, q) or (0,) where not asked for, and token_grad (k + n, O) or (0,):
-  grad summed over the batch, at the patches that it came from; both float32. The gradients of bias, prefix and position
-  follow from token_grad.
+- backward(grad, ...) returns weight_grad (O, C, p, q), of weight's dtype or float32, or (0,) where not asked for, and
+  token_grad (k + n, O), float32, or (0,): grad summed over the batch, at the patches that it came from. The gradients of
+  bias, prefix and position follow from token_grad.
 - scatter(rows, ...), for the rarely wanted gradients of pixels and of positions per image: rows (B, K, C*p*q) summed at
   the pixels (B, C, H, W) that they came from, over std. Only "cuda" has a kernel for it; elsewhere PyTorch ops do it.
 
@@ -338,10 +338,10 @@ def _forward(pixels: Tensor, weight: Tensor, *args: Any) -> Tensor:
     return tokens
 
 
-def _backward(grad: Tensor, pixels: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, pixels: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     with torch.autocast(pixels.device.type, enabled=False):
-        weight_grad, token_grad = choose("patch_embed", IMPLS, pixels).backward(grad, pixels, *args)
-    return weight_grad, token_grad
+        weight_grad, token_grad = choose("patch_embed", IMPLS, pixels).backward(grad, pixels, weight, *args)
+    return weight_grad.to(weight.dtype), token_grad
 
 
 def _scatter(rows: Tensor, *args: Any) -> Tensor:
@@ -378,7 +378,7 @@ def _fake_backward(
     rows, columns = _patches.grid(pixels, weight, Spec(*spec).pad)
     tokens = (prefix_tokens + rows * columns, weight.shape[0])
     return (
-        grad.new_empty(weight.shape if wants_weight_grad else (0,), dtype=torch.float32),
+        weight.new_empty(weight.shape if wants_weight_grad else (0,)),
         grad.new_empty(tokens if wants_token_grad else (0,), dtype=torch.float32),
     )
 
@@ -434,7 +434,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     bias_dtype, prefix_dtype, position_dtype = ctx.dtypes
     return (
         _pixel_grad(grad[:, count:], pixels, weight, keep, spec) if wants_pixels else None,
-        weight_grad.to(weight.dtype) if wants_weight else None,
+        weight_grad if wants_weight else None,
         token_grad[count:].sum(0).to(bias_dtype) if wants_bias else None,
         token_grad[:count].to(prefix_dtype) if wants_prefix else None,
         position_grad.to(position_dtype) if wants_position else None,
