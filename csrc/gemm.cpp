@@ -151,36 +151,6 @@ at::Tensor HeldBuffers::take(at::IntArrayRef sizes, at::ScalarType dtype, bool l
   return fresh;
 }
 
-at::Tensor column_panels(const at::Tensor& rows_, int64_t cols) {
-  const auto rows = rows_.contiguous();
-  const int64_t n = rows.size(0), k = rows.size(1) * rows.element_size() / int64_t(sizeof(float)), count = ceil_div(n, cols);
-  const auto out = at::empty({count, k, cols}, at::kFloat);
-  const auto* in = static_cast<const float*>(rows.const_data_ptr());
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      float* panel = out.mutable_data_ptr<float>() + j * cols * k;
-      const int64_t columns = std::min(cols, n - j * cols);
-      if (columns < cols) std::fill_n(panel, k * cols, 0.0f);
-      VLMFAST_KERNELS(tile).transpose(in + j * cols * k, k, columns, k, panel, cols);
-    }
-  });
-  return out;
-}
-
-at::Tensor row_pairs(const at::Tensor& rows_) {
-  const auto rows = rows_.contiguous(), zeros = at::zeros({rows.size(1)}, rows.options());
-  const int64_t n = rows.size(0), k = rows.size(1), pairs = ceil_div(n, 2);
-  const auto out = at::empty({pairs, k}, at::kFloat);
-  const auto *in = static_cast<const uint16_t*>(rows.const_data_ptr()),
-             *none = static_cast<const uint16_t*>(zeros.const_data_ptr());
-  auto* first = reinterpret_cast<uint16_t*>(out.mutable_data_ptr<float>());
-  at::parallel_for(0, pairs, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      VLMFAST_KERNELS(tile).interleave(in + 2 * i * k, 2 * i + 1 < n ? in + (2 * i + 1) * k : none, k, first + 2 * i * k);
-  });
-  return out;
-}
-
 void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
                float* c, int64_t ldc, bool accumulate) {
   if (uses_brgemm())

@@ -64,13 +64,6 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const int16_t* a, int64_t lda, c
 void transposed_gemm(int64_t m, int64_t n, int64_t k, const int16_t* a, int64_t lda, const int16_t* b, int64_t ldb, float* c,
                      int64_t ldc, bool accumulate, const float* row_steps, const float* col_steps);
 
-// rows (n, k), float32 or 16 bits in an even k, as right-hand sides of products over k: panels of `cols` columns, (n / cols, k or
-// k / 2, cols), those after the last row being 0.
-at::Tensor column_panels(const at::Tensor& rows, int64_t cols);
-
-// rows (n, k) of 16 bits as a right-hand side of products over n: (n / 2, k) pairs, a 0 after an odd number of rows.
-at::Tensor row_pairs(const at::Tensor& rows);
-
 // Whether bfloat16 operands are to be multiplied as such.
 bool wants_bf16_schedule();
 

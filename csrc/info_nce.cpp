@@ -235,13 +235,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
   const float scale2 = base2_scale(scale), one_shift = shift.item<float>();
   const bool online = std::isinf(one_shift);
 
-  // In float32 these are what is returned; else a rounded copy is, and the sums serve again.
-  static HeldBuffers gradients(2);
-  const bool held = image.scalar_type() != at::kFloat;
-  const auto sums = [&](int64_t rows) {
-    return held && rows ? gradients.take({rows, tiles.dim}, at::kFloat, true) : at::empty({rows, tiles.dim}, at::kFloat);
-  };
-  auto d_image = sums(image_sum ? tiles.n : 0), d_text = sums(text_grad ? tiles.m : 0);
+  const bool returned = image.scalar_type() == at::kFloat;  // else a rounded copy is
+  auto d_image = gradient_sums(image_sum ? tiles.n : 0, tiles.dim, returned);
+  auto d_text = gradient_sums(text_grad ? tiles.m : 0, tiles.dim, returned);
   float* d_image_data = image_sum ? d_image.mutable_data_ptr<float>() : nullptr;
   float* d_text_data = text_grad ? d_text.mutable_data_ptr<float>() : nullptr;
   const auto buffers = at::empty({tiles.bands, 2, tiles.tile_rows * tiles.tile_cols}, at::kFloat);

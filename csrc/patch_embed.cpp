@@ -160,7 +160,7 @@ constexpr int64_t kWeightRows = 16;  // of the weight or of its gradient that ar
 static_assert(kCols % kWeightRows == 0);
 
 // weight (O, C, p, q) as right-hand sides of products over the entries of a patch, made up to `even` with zeros: panels of kCols
-// columns, as column_panels has them.
+// columns (O / kCols, even or even / 2, kCols), those after the last row being 0.
 template <class Product>
 at::Tensor weight_panels(const PatchRows& patches, const at::Tensor& weight, int64_t even) {
   const auto dtype = c10::CppTypeToScalarType<Product>::value;

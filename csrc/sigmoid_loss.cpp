@@ -32,8 +32,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
     std::iota(col_ids.begin(), col_ids.end(), 0);
   }
 
-  auto d_image = at::empty({image_grad ? tiles.n : 0, tiles.dim}, at::kFloat);
-  auto d_text = at::empty({text_grad ? tiles.m : 0, tiles.dim}, at::kFloat);
+  auto d_image = gradient_sums(image_grad ? tiles.n : 0, tiles.dim, true);
+  auto d_text = gradient_sums(text_grad ? tiles.m : 0, tiles.dim, true);
   float* d_image_data = image_grad ? d_image.mutable_data_ptr<float>() : nullptr;
   float* d_text_data = text_grad ? d_text.mutable_data_ptr<float>() : nullptr;
   const auto buffers = at::empty({tiles.bands, 2, tiles.tile_rows * tiles.tile_cols}, at::kFloat);

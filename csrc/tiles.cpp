@@ -10,6 +10,12 @@ namespace vlmfast {
 
 namespace {
 
+// Features in other layouts, all of one size but for the last columns of a panel: 5 at a time where they are int16.
+at::Tensor layout(at::IntArrayRef sizes, at::ScalarType dtype) {
+  static HeldBuffers held(5);
+  return held.take(sizes, dtype, false);
+}
+
 // (rows, D) with a 0 after each row where D is odd.
 at::Tensor in_pairs(const at::Tensor& features) {
   return features.size(1) % 2 ? at::constant_pad_nd(features, {0, 1}) : features.contiguous();
@@ -25,11 +31,44 @@ const cpu::TileKernels& kernels() { return VLMFAST_KERNELS(tile); }
 
 int64_t even(int64_t count) { return count + count % 2; }
 
+// rows (n, k), float32 or 16 bits in an even k, as right-hand sides of products over k: panels of `cols` columns, (n / cols, k or
+// k / 2, cols), those after the last row being 0.
+at::Tensor column_panels(const at::Tensor& rows_, int64_t cols) {
+  const auto rows = rows_.contiguous();
+  const int64_t n = rows.size(0), k = rows.size(1) * rows.element_size() / int64_t(sizeof(float)), count = ceil_div(n, cols);
+  const auto out = layout({count, k, cols}, at::kFloat);
+  const auto* in = static_cast<const float*>(rows.const_data_ptr());
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      float* panel = out.mutable_data_ptr<float>() + j * cols * k;
+      const int64_t columns = std::min(cols, n - j * cols);
+      if (columns < cols) std::fill_n(panel, k * cols, 0.0f);
+      kernels().transpose(in + j * cols * k, k, columns, k, panel, cols);
+    }
+  });
+  return out;
+}
+
+// rows (n, k) of 16 bits as a right-hand side of products over n: (n / 2, k) pairs, a 0 after an odd number of rows.
+at::Tensor row_pairs(const at::Tensor& rows_) {
+  const auto rows = rows_.contiguous(), zeros = at::zeros({rows.size(1)}, rows.options());
+  const int64_t n = rows.size(0), k = rows.size(1), pairs = ceil_div(n, 2);
+  const auto out = layout({pairs, k}, at::kFloat);
+  const auto *in = static_cast<const uint16_t*>(rows.const_data_ptr()),
+             *none = static_cast<const uint16_t*>(zeros.const_data_ptr());
+  auto* first = reinterpret_cast<uint16_t*>(out.mutable_data_ptr<float>());
+  at::parallel_for(0, pairs, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels().interleave(in + 2 * i * k, 2 * i + 1 < n ? in + (2 * i + 1) * k : none, k, first + 2 * i * k);
+  });
+  return out;
+}
+
 // Features of 16 bits as int16, and the step of each row.
 std::pair<at::Tensor, at::Tensor> fixed_point(const at::Tensor& features) {
   const auto rows = features.contiguous();
   const int64_t count = rows.size(0), dim = rows.size(1);
-  auto values = at::empty({count, dim}, at::kShort), steps = at::empty({count}, at::kFloat);
+  auto values = layout({count, dim}, at::kShort), steps = at::empty({count}, at::kFloat);
   at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
     kernels().fixed_point(static_cast<const uint16_t*>(rows.const_data_ptr()) + begin * dim, dim,
                           rows.scalar_type() == at::kBFloat16, end - begin, dim,
@@ -90,6 +129,11 @@ FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool
   }
   if (image_grad) text_row_pairs_ = row_pairs(cols);
   if (text_grad) image_row_pairs_ = row_pairs(rows);
+}
+
+at::Tensor gradient_sums(int64_t rows, int64_t dim, bool returned) {
+  static HeldBuffers held(2);
+  return rows ? held.take({rows, dim}, at::kFloat, !returned) : at::empty({0, dim}, at::kFloat);
 }
 
 void FeatureTiles::dot(const Tile& tile, float* out) const {

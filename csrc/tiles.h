@@ -56,6 +56,9 @@ class FeatureTiles {
   float image_limit_, text_limit_;               // int16: how long what is multiplied by rows of image or text may be, in steps
 };
 
+// (rows, dim), float32, for add_gradients. What is `returned` to a caller who holds it is often taken afresh, in small pages.
+at::Tensor gradient_sums(int64_t rows, int64_t dim, bool returned);
+
 // Calls f(tile) for every tile of the matrix. It is cut into bands x bands blocks; in step t band b works on block
 // (b, b + t), so that at any moment no two threads share a row or a column: f may accumulate into both without locks, and the
 // order of accumulation depends on nothing but the number of bands.

@@ -89,7 +89,7 @@ def sigmoid_loss(
             names the argument.
         RuntimeError: a second derivative is asked for, or the backend named by VLMFAST_BACKEND cannot run.
     Memory: O((n + N)*D); on a GPU up to 134 MB of the logits' gradient besides, 268 MB in float32. FLOPs, forward and
-    backward: 6*n*N*D, all in forward; a side without gradient saves 2*n*N*D. Products are info_nce's.
+    backward: 6*n*N*D, all in forward; a side without gradient saves 2*n*N*D. Products and buffers are info_nce's.
     Repeatable bit for bit for a given number of threads.
     Source: Zhai et al. 2023, algorithm 1.
     """
