@@ -138,27 +138,40 @@ struct Side {
   }
 };
 
-// sum of sums * features over all entries; of features of 16 bits some rows at a time are made float32 for it.
-double total_product(const at::Tensor& sums, const at::Tensor& features_) {
-  constexpr int64_t block = 64;
-  const auto features = features_.contiguous();
-  const int64_t rows = sums.size(0), dim = sums.size(1);
-  const bool wide = features.scalar_type() == at::kFloat, bf16 = features.scalar_type() == at::kBFloat16;
-  const auto& kernels = VLMFAST_KERNELS(tile);
-  std::vector<double> parts(ceil_div(rows, block));
-  at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> widened(wide ? 0 : block * dim);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * block, count = std::min(block, rows - first);
-      if (!wide)
-        kernels.widen(static_cast<const uint16_t*>(features.const_data_ptr()) + first * dim, dim, bf16, count, dim,
-                      widened.data(), dim);
-      const float* right = wide ? features.const_data_ptr<float>() + first * dim : widened.data();
-      parts[i] = kernels.dot(sums.const_data_ptr<float>() + first * dim, right, count * dim);
-    }
-  });
-  return std::accumulate(parts.begin(), parts.end(), 0.0);
-}
+// One side's gradient (rows, D) in the dtype of its features, `factor` times its sums, or (0,) where it is not wanted; float32
+// sums become it in place. And the sum of sums * features, where that is.
+struct Gradient {
+  at::Tensor value;
+  double product = 0.0;
+
+  Gradient(const at::Tensor& sums, const at::Tensor& features_, float factor, bool wanted, bool with_product) {
+    constexpr int64_t block = 64;  // rows at a time, which stay in cache
+    const auto features = features_.contiguous();
+    const int64_t rows = sums.size(0), dim = sums.size(1);
+    const bool wide = features.scalar_type() == at::kFloat, bf16 = features.scalar_type() == at::kBFloat16;
+    value = !wanted ? at::empty({0}, features.options()) : wide ? sums : at::empty_like(features);
+    auto* out = wanted ? value.mutable_data_ptr() : nullptr;
+    const auto* in = features.const_data_ptr();
+    float* from = sums.mutable_data_ptr<float>();
+    const auto& kernels = VLMFAST_KERNELS(tile);
+    std::vector<double> parts(ceil_div(rows, block));
+    at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> widened(wide ? 0 : block * dim);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i * block * dim, count = std::min(block * dim, rows * dim - first);
+        if (with_product) {
+          if (!wide) kernels.widen(static_cast<const uint16_t*>(in) + first, count, bf16, 1, count, widened.data(), count);
+          parts[i] = kernels.dot(from + first, wide ? static_cast<const float*>(in) + first : widened.data(), count);
+        }
+        if (!wanted) continue;
+        float* scaled = wide ? from + first : widened.data();
+        kernels.scale(from + first, count, factor, scaled);
+        if (!wide) kernels.narrow(scaled, count, bf16, 1, count, static_cast<uint16_t*>(out) + first, count);
+      }
+    });
+    product = std::accumulate(parts.begin(), parts.end(), 0.0);
+  }
+};
 
 }  // namespace
 
@@ -264,13 +277,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
     tiles.add_gradients(tile, values, scratch, d_image_data, d_text_data);
   });
 
-  const auto unit32 = unit.to(at::kFloat);
-  const auto d_scale = unit32.mul(total_product(image_sum ? d_image : d_text, image_sum ? image : text));
-  const auto factor = unit32.mul(scale.to(at::kFloat));
-  const auto finish = [&](at::Tensor& gradient, bool wanted, const at::Tensor& like) {
-    return wanted ? gradient.mul_(factor).to(like.scalar_type()) : at::empty({0}, like.options());
-  };
-  return {finish(d_image, image_grad, image), finish(d_text, text_grad, text), d_scale.to(scale.scalar_type())};
+  const float one = unit.item<float>(), factor = one * scale.item<float>();
+  const Gradient of_image(d_image, image, factor, image_grad, image_sum), of_text(d_text, text, factor, text_grad, !image_sum);
+  return {of_image.value, of_text.value,
+          at::scalar_tensor(one * float(of_image.product + of_text.product), scale.options())};
 }
 
 }  // namespace vlmfast

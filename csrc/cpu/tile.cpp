@@ -17,6 +17,10 @@ double dot(const float* a, const float* b, int64_t count) {
   return total;
 }
 
+void scale(const float* from, int64_t count, float factor, float* to) {
+  transform_row(from, count, to, [=](Vec x, int64_t, int64_t) { return x * factor; });
+}
+
 void widen(const uint16_t* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, float* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i)
     for_each_in_row(from + i * from_stride, cols, [&](ShortVec x, int64_t j, int64_t count) {
@@ -184,7 +188,7 @@ void sum_matches(const float* tile, int64_t stride, int64_t rows, int64_t cols, 
 
 }  // namespace
 
-const TileKernels tile = {dot,       widen,       narrow,        transpose,        interleave,
+const TileKernels tile = {dot,       scale,       widen,         narrow,           transpose,  interleave,
                           pair_rows, fixed_point, quantise_rows, quantise_columns, sum_matches};
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

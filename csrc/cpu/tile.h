@@ -15,6 +15,9 @@ struct TileKernels {
   // sum of a[k] * b[k], in double across blocks.
   double (*dot)(const float* a, const float* b, int64_t count);
 
+  // to[k] <- factor * from[k]; to may be from.
+  void (*scale)(const float* from, int64_t count, float factor, float* to);
+
   // to[i, j] <- from[i, j]: bfloat16, or else float16, to float32 and back, rounded to nearest even.
   void (*widen)(const uint16_t* from, int64_t from_stride, bool bf16, int64_t rows, int64_t cols, float* to,
                 int64_t to_stride);

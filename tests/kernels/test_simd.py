@@ -56,6 +56,7 @@ void quantise_rows(F t, I st, I r, I c, F f, float l, int16_t* o, I os, F s)
 {{ {isa}::tile.quantise_rows(t, st, r, c, f, l, o, os, s); }}
 void quantise_columns(F t, I st, I r, I c, F f, float l, F o, I os, F s)
 {{ {isa}::tile.quantise_columns(t, st, r, c, f, l, o, os, s); }}
+void scale(F a, I n, float f, F o) {{ {isa}::tile.scale(a, n, f, o); }}
 double dot(F a, F b, I n) {{ return {isa}::tile.dot(a, b, n); }}
 }}
 """
@@ -163,6 +164,16 @@ def test_dot(kernels, count: int) -> None:
     a, b = (np.random.default_rng(k).standard_normal(count).astype(np.float32) for k in (0, 1))
     exact = np.dot(a.astype(np.float64), b)
     assert abs(call(kernels.dot, a, b, count) - exact) < 1e-6 * np.abs(a * b).sum()
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 33])
+def test_scale(kernels, count: int) -> None:
+    a, out = np.random.default_rng(0).standard_normal(count + 1).astype(np.float32), np.zeros(count + 1, np.float32)
+    call(kernels.scale, a, count, 0.3, out)
+    np.testing.assert_array_equal(out[:count], a[:count] * np.float32(0.3))
+    assert out[count] == 0
+    call(kernels.scale, a, count, 0.3, a)
+    np.testing.assert_array_equal(a[:count], out[:count])
 
 
 @pytest.mark.parametrize("k", [1, 2, 191, 193, 257, 577, 1200])
