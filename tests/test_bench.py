@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import shlex
@@ -182,6 +183,16 @@ def test_memory_that_is_full_in_a_later_round_leaves_the_others() -> None:
     measured, _ = harness.interleave(functions, {}, 3, "cpu")
     assert measured.keys() == {"other"}
     assert len(measured["other"]) == 3
+
+
+def test_the_first_call_of_a_turn_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, costs = [0.0], itertools.cycle([5.0, 1.0])
+
+    def call() -> None:
+        clock[0] += next(costs)
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    assert harness.interleave({"peer": call}, {}, 3, "cpu")[0] == {"peer": [1.0, 1.0, 1.0]}
 
 
 def test_errors_relative_to_zero_are_numbers() -> None:

@@ -219,15 +219,17 @@ def _cotangent(value: Tensor) -> Tensor:
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
-    """Of one call; on a GPU of one among calls that follow each other, as many as 50 ms hold, 20 at most.
+    """Of one call after another; on a GPU of one among calls that follow each other, as many as 50 ms hold, 20 at most.
 
     There, as in a training step, work is in the queue while more is launched: launches count where the GPU waits for
-    them.
+    them. On a CPU the call before bears what another function has left: memory that it freed goes back to the system
+    at some later call, 6 to 8 ms for 240 MB.
     """
     if device == "cuda":
         once = _gpu_seconds(function, 1)
         calls = min(20, int(0.05 / once))
         return _gpu_seconds(function, calls) if calls > 1 else once
+    function()
     start_time = time.perf_counter()
     function()
     return time.perf_counter() - start_time
@@ -312,17 +314,15 @@ def interleave(
     """
     measured: dict[str, list[float]] = {name: [] for name in functions}
     products: dict[str, list[float]] = {name: [] for name in rates}
-    for number in range(rounds + 1):  # the first warms up
+    for _ in range(rounds):
         for name in list(measured):
             elapsed = attempt(name, functools.partial(seconds, functions[name], device))
             if elapsed is None:
                 del measured[name]
-            elif number:
+            else:
                 measured[name].append(elapsed)
         for name, rate in rates.items():
-            value = rate()
-            if number:
-                products[name].append(value)
+            products[name].append(rate())
     return measured, {name: statistics.median(values) for name, values in products.items()}
 
 
