@@ -132,8 +132,8 @@ def info_nce(
             another (exclude_positive with label_smoothing; groups with label_offset, label_smoothing, exclude_positive
             or row_mask); the message names the argument.
         RuntimeError: a second derivative is asked for, or the backend named by VLMFAST_BACKEND cannot run.
-    Memory: O(N*D) recomputed, O(n*N) kept; on a GPU up to 134 MB of the logits' gradient besides, 268 MB in float32. On a
-    CPU the buffers of the last call, up to 1 GB each, are held for the next one.
+    Memory: O(N*D) recomputed, O(n*N) kept; on a GPU up to 134 MB of the logits' gradient besides, 268 MB in float32.
+    On a CPU the buffers of the last call, up to 1 GB each, are held for the next one.
     FLOPs, forward and backward: 8*n*N*D recomputed, 6*n*N*D kept; a side without gradient saves 2*n*N*D. On a GPU,
     bfloat16 and float16 features are multiplied as float16 with float32 sums, and float32 ones too where torch may use
     TF32, torch.backends.cuda.matmul.fp32_precision being "tf32", which is not its default; else as pairs of float16.

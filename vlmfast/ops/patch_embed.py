@@ -6,8 +6,8 @@ With P = C*p*q entries of a patch, n patches of an image in row-major order, K o
 - forward returns tokens (B, k + K, O): normalised patches, rounded to the dtype of products, times weight.flatten(1).T
   with float32 sums, plus bias, after the prefix; plus position (k + n, O) or (B, k + n, O) at the taken patches.
 - backward(grad, ...) returns weight_grad (O, C, p, q), of weight's dtype or float32, or (0,) where not asked for, and
-  token_grad (k + n, O), float32, or (0,): grad summed over the batch, at the patches that it came from. The gradients of
-  bias, prefix and position follow from token_grad.
+  token_grad (k + n, O), float32, or (0,): grad summed over the batch, at the patches that it came from. The gradients
+  of bias, prefix and position follow from token_grad.
 - scatter(rows, ...), for the rarely wanted gradients of pixels and of positions per image: rows (B, K, C*p*q) summed at
   the pixels (B, C, H, W) that they came from, over std. Only "cuda" has a kernel for it; elsewhere PyTorch ops do it.
 
