@@ -160,7 +160,7 @@ constexpr int64_t kWeightRows = 16;  // of the weight or of its gradient that ar
 static_assert(kCols % kWeightRows == 0);
 
 // weight (O, C, p, q) as right-hand sides of products over the entries of a patch, made up to `even` with zeros: panels of kCols
-// columns (O / kCols, even or even / 2, kCols), those after the last row being 0.
+// columns (O / kCols, even or even / 2, kCols), of which those after the last row hold anything.
 template <class Product>
 at::Tensor weight_panels(const PatchRows& patches, const at::Tensor& weight, int64_t even) {
   const auto dtype = c10::CppTypeToScalarType<Product>::value;
@@ -174,7 +174,6 @@ at::Tensor weight_panels(const PatchRows& patches, const at::Tensor& weight, int
       const int64_t first = i * kWeightRows, count = std::clamp<int64_t>(width - first, 0, kWeightRows);
       for (int64_t r = 0; r < count; ++r)
         patches.from_weight(in + (first + r) * patches.entries, rows.data() + r * even);
-      std::fill(rows.begin() + count * even, rows.end(), Product(0));
       VLMFAST_KERNELS(tile).transpose(reinterpret_cast<const float*>(rows.data()), k, kWeightRows, k,
                                       out.mutable_data_ptr<float>() + first / kCols * kCols * k + first % kCols, kCols);
     }

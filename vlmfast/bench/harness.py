@@ -219,7 +219,7 @@ def _cotangent(value: Tensor) -> Tensor:
     return _cotangents[key]
 
 
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc's
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
