@@ -5,6 +5,7 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -355,27 +356,39 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& weight, c
   return weight_from(patches, sums, weight);
 }
 
-void add(const float* in, int64_t count, float* out) { kernels().add(in, count, out); }
+void add(const float* in, int64_t count, double* out) { kernels().add_double(in, count, out); }
 void add(const at::BFloat16* in, int64_t count, float* out) {
   kernels().add_bf16(reinterpret_cast<const uint16_t*>(in), count, out);
 }
 
-// (prefix + patches, O): grad (B, prefix + taken, O) summed over the batch at the patches that it came from. Each thread has
-// rows of the result and reads the tokens that belong there, whole rows of neighbours where all patches are taken.
+// (prefix + patches, O): grad (B, prefix + taken, O) summed over the batch at the patches that it came from, with more bits
+// than its own.
 template <class Token>
 at::Tensor token_gradient(const PatchRows& patches, const at::Tensor& grad, int64_t prefix) {
-  const int64_t images = grad.size(0), tokens = grad.size(1), width = grad.size(2);
-  const auto out = at::zeros({prefix + patches.patches, width}, at::kFloat);
-  at::parallel_for(0, out.size(0), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t b = 0; b < images; ++b)
-      for (int64_t t = 0; t < tokens; ++t) {
-        const int64_t to = t < prefix ? t : prefix + patches.patch(b * patches.taken + t - prefix);
-        if (begin <= to && to < end) {
-          const Token* row = grad.const_data_ptr<Token>() + (b * tokens + t) * width;
-          if (t + 4 < tokens) fetch(row + 4 * width, width * sizeof(Token));
-          add(row, width, out.mutable_data_ptr<float>() + to * width);
-        }
+  constexpr int64_t ahead = 4;
+  const int64_t tokens = grad.size(1), count = grad.size(0) * tokens, width = grad.size(2);
+  const int64_t rows = prefix + patches.patches;
+  const auto row_of = [&](int64_t i) {
+    const int64_t image = i / tokens, t = i % tokens;
+    return t < prefix ? t : prefix + patches.patch(image * patches.taken + t - prefix);
+  };
+  // Tokens in the order of their rows: those of row r are the ones from start[r] to start[r + 1].
+  std::vector<int64_t> start(rows + 1), order(count);
+  for (int64_t i = 0; i < count; ++i) ++start[row_of(i)];
+  std::partial_sum(start.begin(), start.end(), start.begin());
+  for (int64_t i = count; i-- > 0;) order[--start[row_of(i)]] = i;
+  const auto out = at::empty({rows, width}, at::kFloat);
+  const auto* data = grad.const_data_ptr<Token>();
+  at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+    std::vector<std::conditional_t<std::is_same_v<Token, float>, double, float>> sums(width);
+    for (int64_t row = begin; row < end; ++row) {
+      std::fill(sums.begin(), sums.end(), 0);
+      for (int64_t i = start[row]; i < start[row + 1]; ++i) {
+        if (i + ahead < start[end]) fetch(data + order[i + ahead] * width, width * sizeof(Token));
+        add(data + order[i] * width, width, sums.data());
       }
+      std::copy(sums.begin(), sums.end(), out.mutable_data_ptr<float>() + row * width);
+    }
   });
   return out;
 }

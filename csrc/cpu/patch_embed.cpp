@@ -106,17 +106,28 @@ void separate(const float* in, int64_t channels, int64_t count, float* __restric
 }
 
 template <class In>
-void add_as(const In* in, int64_t count, float* out) {
+void add(const In* in, int64_t count, float* out) {
   for_each_vector(count, [&](int64_t k, int64_t lanes) {
     store(out + k, lanes, load(out + k, lanes, 0.0f) + widened(in + k, lanes));
+  });
+}
+
+void add_double(const float* in, int64_t count, double* out) {
+  using DoubleVec = double __attribute__((vector_size(kWidth * sizeof(double))));
+  for_each_in_row(in, count, [&](Vec x, int64_t k, int64_t lanes) {
+    DoubleVec sum = {};
+    std::memcpy(&sum, out + k, lanes * sizeof(double));
+    sum += __builtin_convertvector(x, DoubleVec);
+    std::memcpy(out + k, &sum, lanes * sizeof(double));
   });
 }
 
 }  // namespace
 
 const PatchEmbedKernels patch_embed = {
-    readers<uint8_t>,    readers<uint16_t>,    readers<float>, finish_as<float>, finish_as<uint16_t>,
-    interleave<float>, interleave<uint16_t>, separate,       add_as<float>,    add_as<uint16_t>,
+    readers<uint8_t>,  readers<uint16_t>,    readers<float>, finish_as<float>, finish_as<uint16_t>,
+    interleave<float>, interleave<uint16_t>, separate,       add<float>,       add<uint16_t>,
+    add_double,
 };
 
 }  // namespace vlmfast::cpu::VLMFAST_ISA

@@ -43,6 +43,7 @@ struct PatchEmbedKernels {
   // out[k] += in[k].
   void (*add)(const float* in, int64_t count, float* out);
   void (*add_bf16)(const uint16_t* in, int64_t count, float* out);
+  void (*add_double)(const float* in, int64_t count, double* out);
 };
 
 namespace baseline {

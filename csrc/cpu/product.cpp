@@ -7,19 +7,19 @@ namespace {
 
 // A block of c that fits the registers: 24 sums where there are 32 registers, 12 where there are 16.
 constexpr int kBlockRows = 6;
-// One chain of roundings over all of k is less exact than a good BLAS; in pieces of kChain it is not.
-constexpr int64_t kChain = 256;
+// One chain of roundings over all of k is less exact than a good BLAS; in pieces of kChain, summed by themselves, it is not.
+constexpr int64_t kChain = 128;
 // kDepth: as much of k at a time that b's columns of a block stay in a cache while a's rows pass by.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kBlockVectors = 4;
-constexpr int64_t kDepth = 2 * kChain;  // in the second-level cache
+constexpr int64_t kDepth = 4 * kChain;  // in the second-level cache
 constexpr bool kPacks = false;
 // a's rows often come from memory, a block of them at a time, too short for the processor to foresee: their first use asks
 // ahead. info_nce's forward is 4 % faster for it on Zen 5, and no faster on Zen 3.
 constexpr bool kFetches = true;
 #else
 constexpr int kBlockVectors = 2;
-constexpr int64_t kDepth = kChain;
+constexpr int64_t kDepth = 2 * kChain;
 // A narrow block's columns fit the first-level cache, but not where their rows lie far apart and fall into few of its sets:
 // they are copied to one place first, 16 to 18 % faster on Zen 3.
 constexpr bool kPacks = true;
@@ -93,12 +93,14 @@ template <class Entries, int kRows, int kVectors, bool kAhead = false>
 void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
                     int64_t c_row, int64_t lanes, bool accumulate, Entries entries) {
   const int64_t count = kVectors == 1 ? lanes : kWidth;
-  for (int64_t first = 0; first < k; first += kChain, accumulate = true) {
+  Vec parts[kRows][kVectors];              // the sum of the chains so far
+  const Vec(*before)[kVectors] = nullptr;  // that, once there is one
+  if (accumulate)
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * c_row + v * kWidth, 1);
+  for (int64_t first = 0; first < k; first += kChain) {
     const int64_t last = first + kChain < k ? first + kChain : k;
     typename Entries::Sum sums[kRows][kVectors] = {};
-    if (accumulate && first == 0)
-      for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * c_row + v * kWidth, 1);
     for (int64_t p = first; p < last; ++p) {
       if (kAhead && p % kWidth == 0)
 #pragma GCC unroll 6
@@ -118,9 +120,13 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         float* to = c + r * c_row + v * kWidth;
-        const Vec before = accumulate ? load(to, count, 0.0f) : Vec{};
-        store(to, count, entries.add(sums[r][v], before, r, v * kWidth, count));
+        const Vec sum = entries.add(sums[r][v], before ? before[r][v] : Vec{}, r, v * kWidth, count);
+        if (last < k)
+          parts[r][v] = sum;
+        else
+          store(to, count, accumulate ? sum + load(to, count, 0.0f) : sum);
       }
+    before = parts;
   }
 }
 

@@ -181,6 +181,23 @@ def test_positions_in_a_large_batch(backend: str, kept: bool, prefix: int, dtype
         torch.set_num_threads(threads)
 
 
+def test_long_sums_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16384 patches are added in short chains for the weight, 64 images with one rounding for the positions."""
+    use_backend(monkeypatch, IMPLS, "cpu")
+    pixels, cotangent = images(64, 3, 64, 64), torch.randn(64, 256, 48)
+    inputs = parameters(pixels, 48, (4, 4), prefix=0)
+
+    def gradients(op: Any, dtype: torch.dtype) -> Sequence[Tensor]:
+        leaves = [inputs[name].to(dtype).requires_grad_() for name in ("weight", "position")]
+        tokens = op(pixels, leaves[0], position=leaves[1], mean=MEAN, std=STD)
+        return torch.autograd.grad(tokens, leaves, cotangent.to(dtype))
+
+    pairs = zip(gradients(patch_embed, torch.float32), gradients(reference, torch.float64), strict=True)
+    weight, position = (((ours.double() - exact).norm() / exact.norm()).item() for ours, exact in pairs)
+    assert weight < 4.7 * 2.0**-24  # chains twice as long: 5.2
+    assert position < 0.5 * 2.0**-24
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (13, 19), (12, 17), (11, 20), (12, 20)])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("channels_last", [False, True])
