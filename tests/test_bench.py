@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import json
 import math
 import shlex
@@ -185,14 +184,21 @@ def test_memory_that_is_full_in_a_later_round_leaves_the_others() -> None:
     assert len(measured["other"]) == 3
 
 
-def test_the_first_call_of_a_turn_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, costs = [0.0], itertools.cycle([5.0, 1.0])
+@pytest.mark.parametrize(("first", "counted"), [(0.06, 1), (0.02, 2), (0.001, 20)])
+def test_the_first_call_of_a_turn_tells_how_many_are_timed(
+    monkeypatch: pytest.MonkeyPatch, first: float, counted: int
+) -> None:
+    clock, calls = [0.0], 0
 
     def call() -> None:
-        clock[0] += next(costs)
+        nonlocal calls
+        clock[0] += first if calls % (1 + counted) == 0 else 0.005 * (calls % (1 + counted))
+        calls += 1
 
     monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
-    assert harness.interleave({"peer": call}, {}, 3, "cpu")[0] == {"peer": [1.0, 1.0, 1.0]}
+    times = harness.interleave({"peer": call}, {}, 3, "cpu")[0]["peer"]
+    assert times == pytest.approx([0.005 * (1 + counted) / 2] * 3)
+    assert calls == 3 * (1 + counted)
 
 
 def test_errors_relative_to_zero_are_numbers() -> None:

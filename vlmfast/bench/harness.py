@@ -223,32 +223,31 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "po
 
 
 def seconds(function: Callable[[], Any], device: str) -> float:
-    """Of one call after another; on a GPU of one among calls that follow each other, as many as 50 ms hold, 20 at most.
+    """Of one call among as many that follow each other as 50 ms hold, 20 at most, after one that is not counted.
 
-    There, as in a training step, work is in the queue while more is launched: launches count where the GPU waits for
-    them. On a CPU the memory that other functions have freed is given back to the system first: by itself the C library
-    does so at some later call, whosever that is, and takes 6 to 8 ms for 240 MB.
+    As in a training step, a GPU has work in its queue while more is launched: launches count where it waits for them.
+    On a CPU the memory that other functions have freed is given back to the system first: by itself the C library does
+    so at some later call, whosever that is, and takes 6 to 8 ms for 240 MB.
     """
-    if device == "cuda":
-        once = _gpu_seconds(function, 1)
-        calls = min(20, int(0.05 / once))
-        return _gpu_seconds(function, calls) if calls > 1 else once
-    if _malloc_trim:
+    if device == "cpu" and _malloc_trim:
         _malloc_trim(0)
-    function()
+    once = _mean_seconds(function, 1, device)
+    return _mean_seconds(function, max(1, min(20, int(0.05 / max(once, 1e-9)))), device)
+
+
+def _mean_seconds(function: Callable[[], Any], calls: int, device: str) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
     start_time = time.perf_counter()
-    function()
-    return time.perf_counter() - start_time
-
-
-def _gpu_seconds(function: Callable[[], Any], calls: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
     for _ in range(calls):
         function()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+    return (time.perf_counter() - start_time) / calls
 
 
 def gemm_rates(size: Size, dtype: torch.dtype, device: str) -> dict[str, Callable[[], float]]:
