@@ -4,9 +4,11 @@
 
 #include <ATen/Functions.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -173,6 +175,41 @@ struct Gradient {
   }
 };
 
+// Of one side's stats (3, n): the sum of its losses and its shift, factor and target (3, n); `positives` null where each has one.
+std::pair<double, at::Tensor> normalised(const at::Tensor& stats_, const double* weights, const double* positives,
+                                         const at::Tensor& scale, bool exclude_positive) {
+  constexpr int64_t block = 256;  // entries whose losses are added at a time, by any number of threads the same
+  const auto stats = stats_.contiguous();
+  const int64_t n = stats.size(1);
+  const auto side = at::empty({3, n}, at::kFloat);
+  const float *shift = stats.const_data_ptr<float>(), *total = shift + n, *dot = total + n;
+  const double scale2 = scale.item<double>() * kLog2e;
+  float *out = side.mutable_data_ptr<float>(), *factor = out + n, *target = factor + n;
+  std::vector<double> losses(ceil_div(n, block));
+  at::parallel_for(0, losses.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * block; i < std::min(n, end * block); ++i) {
+      const double share = weights[i], z = total[i], log_total = std::log2(z) + shift[i], positive = dot[i] * scale2;
+      double value, kept = share;  // kept: what the positive leaves to the others
+      if (positives) {
+        const double each = std::max(positives[i], 1.0);
+        value = (log_total - positive / each) / kLog2e;
+        factor[i] = float(share / z);
+        kept /= each;
+      } else {
+        const double ratio = (log_total - positive) / kLog2e;  // of all negatives to the positive, natural logarithm
+        const double e = std::exp(-std::abs(ratio));
+        value = exclude_positive ? ratio : std::max(ratio, 0.0) + std::log1p(e);
+        if (!exclude_positive) kept *= (ratio < 0.0 ? e : 1.0) / (1.0 + e);
+        factor[i] = z == 0.0 ? 0.0f : float(kept / z);
+      }
+      out[i] = shift[i];
+      target[i] = float(kept);
+      if (share != 0.0) losses[i / block] += share * value;
+    }
+  });
+  return {std::accumulate(losses.begin(), losses.end(), 0.0), side};
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
@@ -198,40 +235,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
   return {row.stacked(), col.stacked(), at::scalar_tensor(shift, at::kFloat), kept};
 }
 
-std::tuple<at::Tensor, at::Tensor> info_nce_normalise(const at::Tensor& stats_, const at::Tensor& weight_,
+std::tuple<at::Tensor, at::Tensor> info_nce_normalise(const at::Tensor& stats, const at::Tensor& weight_,
                                                       const std::optional<at::Tensor>& count, const at::Tensor& scale,
                                                       bool exclude_positive) {
-  const auto stats = stats_.contiguous(), weight = weight_.contiguous();
-  const auto counts = count ? count->to(at::kDouble).contiguous() : at::Tensor();
-  const int64_t n = stats.size(1);
-  const auto side = at::empty({3, n}, at::kFloat), losses = at::empty({n}, at::kDouble);
-  const float *shift = stats.const_data_ptr<float>(), *total = shift + n, *dot = total + n;
-  const double *weights = weight.const_data_ptr<double>(), *positives = count ? counts.const_data_ptr<double>() : nullptr;
-  const double scale2 = scale.item<double>() * kLog2e;
-  float *out = side.mutable_data_ptr<float>(), *factor = out + n, *target = factor + n;
-  double* loss = losses.mutable_data_ptr<double>();
-  at::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const double share = weights[i], z = total[i], log_total = std::log2(z) + shift[i], positive = dot[i] * scale2;
-      double value, kept = share;  // kept: what the positive leaves to the others
-      if (positives) {
-        const double each = std::max(positives[i], 1.0);
-        value = (log_total - positive / each) / kLog2e;
-        factor[i] = float(share / z);
-        kept /= each;
-      } else {
-        const double ratio = (log_total - positive) / kLog2e;  // of all negatives to the positive, natural logarithm
-        const double e = std::exp(-std::abs(ratio));
-        value = exclude_positive ? ratio : std::max(ratio, 0.0) + std::log1p(e);
-        if (!exclude_positive) kept *= (ratio < 0.0 ? e : 1.0) / (1.0 + e);
-        factor[i] = z == 0.0 ? 0.0f : float(kept / z);
-      }
-      out[i] = shift[i];
-      target[i] = float(kept);
-      loss[i] = share == 0.0 ? 0.0 : share * value;
-    }
-  });
-  return {losses.sum(), side};
+  const auto weight = weight_.contiguous(), counts = count ? count->to(at::kDouble).contiguous() : at::Tensor();
+  const auto [loss, side] = normalised(stats, weight.const_data_ptr<double>(),
+                                       count ? counts.const_data_ptr<double>() : nullptr, scale, exclude_positive);
+  return {at::scalar_tensor(loss, at::kDouble), side};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_loss(
+    const at::Tensor& row_stats, const at::Tensor& col_stats, const std::optional<at::Tensor>& row_mask,
+    const at::Tensor& scale, int64_t texts, int64_t label_offset, bool exclude_positive) {
+  const int64_t n = row_stats.size(1), columns = col_stats.size(1);
+  const auto mask = row_mask ? row_mask->contiguous() : at::Tensor();
+  const double share = columns ? 0.5 : 1.0;
+  std::vector<double> row_weight(n, share), col_weight(columns, 0.0);
+  for (int64_t i = 0; row_mask && i < n; ++i) row_weight[i] *= mask.const_data_ptr<bool>()[i];
+  if (columns) std::copy(row_weight.begin(), row_weight.end(), col_weight.begin() + label_offset);
+  const auto having = std::count_if(row_weight.begin(), row_weight.end(), [](double weight) { return weight > 0.0; });
+  const double unit = 1.0 / double(std::max<int64_t>(having, 1));
+  const auto [row_loss, rows] = normalised(row_stats, row_weight.data(), nullptr, scale, exclude_positive);
+  const auto [col_loss, cols] = normalised(col_stats, col_weight.data(), nullptr, scale, exclude_positive);
+  return {at::scalar_tensor((row_loss + col_loss) * unit, at::kFloat), rows,
+          columns ? cols : at::zeros({3, texts}, at::kFloat), at::scalar_tensor(unit, at::kFloat)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(

@@ -23,6 +23,13 @@ std::tuple<at::Tensor, at::Tensor> info_nce_normalise(const at::Tensor& stats, c
                                                       const std::optional<at::Tensor>& count, const at::Tensor& scale,
                                                       bool exclude_positive);
 
+// Where each image has one positive, and a loss unless row_mask is False: the loss (), shift, factor and target of the rows
+// (3, n) and of the columns (3, texts), which col_stats (3, 0) leaves out of the loss, and what all weights are relative to ();
+// float32.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_loss(
+    const at::Tensor& row_stats, const at::Tensor& col_stats, const std::optional<at::Tensor>& row_mask,
+    const at::Tensor& scale, int64_t texts, int64_t label_offset, bool exclude_positive);
+
 // Gradients of image, text and scale; those of image and text are empty (0,) where not asked for.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
     const at::Tensor& unit, const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale,

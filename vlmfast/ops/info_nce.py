@@ -344,6 +344,11 @@ def _forward(
     row_stats, col_stats, shift, kept = tile_forward(
         image, text, scale, row_codes, col_codes, label_offset, bidirectional, keep
     )
+    if row_codes is None and choose("info_nce", IMPLS, image) is IMPLS["cpu"]:
+        loss, rows, columns, unit = core.info_nce_loss(
+            row_stats, col_stats, row_mask, scale, text.shape[0], label_offset, exclude_positive
+        )
+        return loss, rows, columns, shift, kept, unit
     row_weight, col_weight, row_count, col_count, unit = _weights(
         image, text, row_mask, (row_codes, col_codes), label_offset, bidirectional
     )
