@@ -1,7 +1,5 @@
 // The schedule of patch_embed on a CPU: blocks of patches are read from the pixels into cache, normalised on the way, and
 // multiplied there, in both directions. Equations: vlmfast/ops/patch_embed.py.
-#include "cpu/patch_embed.h"
-
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 
@@ -11,151 +9,10 @@
 
 #include "gemm.h"
 #include "ops.h"
+#include "patch_rows.h"
 
 namespace vlmfast {
 namespace {
-
-const cpu::PatchEmbedKernels& kernels() {
-#if defined(__x86_64__)
-  if (has_bf16_products()) return cpu::avx512_bf16::patch_embed;
-#endif
-  return VLMFAST_KERNELS(patch_embed);
-}
-
-// Asks for memory that no processor foresees: pieces of rows far apart.
-void fetch(const void* first, int64_t bytes) {
-  const auto* from = static_cast<const char*>(first);
-  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
-  __builtin_prefetch(from + bytes - 1);
-}
-
-// The taken patches of a batch as rows of a matrix. Entries of a patch are in the order that the pixels have in memory:
-// row, column, channel where channels are interleaved, else channel, row, column.
-class PatchRows {
- public:
-  PatchRows(const at::Tensor& given, const at::Tensor& weight, const std::optional<at::Tensor>& keep_,
-            const FloatList& mean, const FloatList& std, bool pad)
-      : pixels(in_lines(given)),
-        keep(keep_ ? keep_->contiguous() : at::Tensor()),
-        interleaved(pixels.stride(1) == 1 && pixels.stride(3) == pixels.size(1)),
-        channels(pixels.size(1)),
-        patch_height(weight.size(2)),
-        patch_width(weight.size(3)) {
-    const int64_t height = pixels.size(2), width = pixels.size(3);
-    const int64_t grid_rows = (height + (pad ? patch_height - 1 : 0)) / patch_height,
-                  grid_cols = (width + (pad ? patch_width - 1 : 0)) / patch_width;
-    patches = grid_rows * grid_cols;
-    taken = keep_ ? keep.size(1) : patches;
-    rows = pixels.size(0) * taken;
-    entries = channels * patch_height * patch_width;
-
-    const int64_t row_channels = interleaved ? channels : 1;
-    for (int64_t c = 0; c < (interleaved ? 1 : channels); ++c)
-      for (int64_t y = 0; y < patch_height; ++y) {
-        line_offset_.push_back(c * pixels.stride(1) + y * pixels.stride(2));
-        line_row_.push_back(y);
-        for (int64_t x = 0; x < patch_width; ++x)
-          for (int64_t k = c; k < c + row_channels; ++k) {
-            const double range = pixels.scalar_type() == at::kByte ? 255.0 : 1.0;
-            const double spread = std ? (*std)[k] : 1.0, middle = mean ? (*mean)[k] : 0.0;
-            factor_.push_back(float(1.0 / (range * spread)));
-            shift_.push_back(float(-middle / spread));
-          }
-      }
-    layout_ = {pixels.const_data_ptr(),
-               pixels.stride(0),
-               patch_height * pixels.stride(2),
-               patch_width * pixels.stride(3),
-               grid_cols,
-               int64_t(line_offset_.size()),
-               patch_width * row_channels,
-               line_offset_.data(),
-               line_row_.data(),
-               factor_.data(),
-               shift_.data(),
-               height,
-               width * row_channels,
-               patch_height};
-  }
-
-  at::Tensor pixels, keep;
-  bool interleaved;
-  int64_t channels, patch_height, patch_width;
-  int64_t patches, taken, rows, entries;  // patches of an image, those taken, rows of the matrix and its columns
-
-  // Which patch of its image row t is.
-  int64_t patch(int64_t t) const { return keep.defined() ? keep.const_data_ptr<int64_t>()[t] : t % taken; }
-
-  // out (count, stride) <- rows first to first + count.
-  void read(int64_t first, int64_t count, float* out, int64_t stride) const {
-    each(first, count, [&](const auto& read, int64_t image, int64_t patch, int64_t r) {
-      read.read(layout_, image, patch, out + r * stride);
-      std::fill_n(out + r * stride + entries, stride - entries, 0.0f);
-    });
-  }
-
-  void read(int64_t first, int64_t count, at::BFloat16* out, int64_t stride) const {
-    each(first, count, [&](const auto& read, int64_t image, int64_t patch, int64_t r) {
-      auto* row = reinterpret_cast<uint16_t*>(out + r * stride);
-      read.read_bf16(layout_, image, patch, row);
-      std::fill(row + entries, row + stride, 0);
-    });
-  }
-
-  // A row of weight (O, C, p, q) or of its gradient from the order that those have to a patch's, and back.
-  void from_weight(const float* in, float* out) const { reorder(kernels().interleave, in, out); }
-  void from_weight(const at::BFloat16* in, at::BFloat16* out) const {
-    reorder(kernels().interleave_16, reinterpret_cast<const uint16_t*>(in), reinterpret_cast<uint16_t*>(out));
-  }
-  void to_weight(const float* in, float* out) const { reorder(kernels().separate, in, out); }
-
- private:
-  // The pixels, copied where they are not lines of neighbours or of a dtype that is not read.
-  static at::Tensor in_lines(const at::Tensor& given) {
-    const auto pixels = given.scalar_type() == at::kHalf ? given.to(at::kFloat) : given;
-    const bool lines = pixels.stride(3) == 1 || (pixels.stride(1) == 1 && pixels.stride(3) == pixels.size(1));
-    return lines ? pixels : pixels.contiguous();
-  }
-
-  template <class T>
-  void reorder(void (*kernel)(const T*, int64_t, int64_t, T*), const T* in, T* out) const {
-    if (interleaved)
-      kernel(in, channels, entries / channels, out);
-    else
-      std::copy_n(in, entries, out);
-  }
-
-  // The lines of row t's patch, on their way into cache.
-  void fetch_lines(int64_t t) const {
-    const int64_t taken_patch = patch(t), element = pixels.element_size();
-    const auto* corner = static_cast<const char*>(layout_.pixels) +
-                         element * (t / taken * layout_.image_stride +
-                                    taken_patch / layout_.grid_cols * layout_.patch_row_stride +
-                                    taken_patch % layout_.grid_cols * layout_.patch_col_stride);
-    for (const int64_t offset : line_offset_) fetch(corner + element * offset, element * layout_.run);
-  }
-
-  template <class F>
-  void each(int64_t first, int64_t count, const F& f) const {
-    constexpr int64_t ahead = 2;
-    const auto with = [&](const auto& read) {
-      for (int64_t r = 0; r < count; ++r) {
-        if (r + ahead < count) fetch_lines(first + r + ahead);
-        f(read, (first + r) / taken, patch(first + r), r);
-      }
-    };
-    if (pixels.scalar_type() == at::kByte)
-      with(kernels().uint8);
-    else if (pixels.scalar_type() == at::kBFloat16)
-      with(kernels().bfloat16);
-    else
-      with(kernels().float32);
-  }
-
-  std::vector<int64_t> line_offset_, line_row_;
-  std::vector<float> factor_, shift_;
-  cpu::Patches layout_;
-};
 
 constexpr int64_t kWeightRows = 16;  // of the weight or of its gradient that are reordered at a time
 static_assert(kCols % kWeightRows == 0);
@@ -194,7 +51,7 @@ at::Tensor weight_from(const PatchRows& patches, const at::Tensor& sums, const a
     for (int64_t row = begin; row < end; ++row) {
       std::copy_n(in + row * even, entries, total.data());
       for (int64_t split = 1; split < splits; ++split)
-        kernels().add(in + (split * width + row) * even, entries, total.data());
+        patch_embed_kernels().add(in + (split * width + row) * even, entries, total.data());
       if (dtype == at::kFloat) {
         patches.to_weight(total.data(), static_cast<float*>(to) + row * entries);
       } else {
@@ -216,10 +73,10 @@ void product(int64_t m, int64_t k, const at::BFloat16* a, const float* panel, fl
 }
 
 void finish(const float* products, const float* bias, const float* position, int64_t count, float* out) {
-  kernels().finish(products, bias, position, count, out);
+  patch_embed_kernels().finish(products, bias, position, count, out);
 }
 void finish(const float* products, const float* bias, const float* position, int64_t count, at::BFloat16* out) {
-  kernels().finish_bf16(products, bias, position, count, reinterpret_cast<uint16_t*>(out));
+  patch_embed_kernels().finish_bf16(products, bias, position, count, reinterpret_cast<uint16_t*>(out));
 }
 
 struct Added {
@@ -272,7 +129,7 @@ const float* as(const at::BFloat16* row, int64_t count, float* out) {
 }
 const uint16_t* as(const at::BFloat16* row, int64_t, uint16_t*) { return reinterpret_cast<const uint16_t*>(row); }
 const uint16_t* as(const float* row, int64_t count, uint16_t* out) {
-  kernels().finish_bf16(row, nullptr, nullptr, count, out);
+  patch_embed_kernels().finish_bf16(row, nullptr, nullptr, count, out);
   return out;
 }
 
@@ -356,9 +213,9 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& weight, c
   return weight_from(patches, sums, weight);
 }
 
-void add(const float* in, int64_t count, double* out) { kernels().add_double(in, count, out); }
+void add(const float* in, int64_t count, double* out) { patch_embed_kernels().add_double(in, count, out); }
 void add(const at::BFloat16* in, int64_t count, float* out) {
-  kernels().add_bf16(reinterpret_cast<const uint16_t*>(in), count, out);
+  patch_embed_kernels().add_bf16(reinterpret_cast<const uint16_t*>(in), count, out);
 }
 
 // (prefix + patches, O): grad (B, prefix + taken, O) summed over the batch at the patches that it came from, with more bits

@@ -56,8 +56,7 @@ inline void read_line(const Pixel* in, const float* factor, const float* shift, 
 template <class Pixel, class Out>
 void read_as(const Patches& patches, int64_t image, int64_t patch, Out* out) {
   const int64_t row = patch / patches.grid_cols, col = patch % patches.grid_cols;
-  const auto* pixels = static_cast<const Pixel*>(patches.pixels) + image * patches.image_stride +
-                       row * patches.patch_row_stride + col * patches.patch_col_stride;
+  const auto* pixels = static_cast<const Pixel*>(patches.pixels) + corner(patches, image, patch);
   const int64_t rows = patches.height - row * patches.patch_height,
                 left = patches.row_elements - col * patches.run;
   const int64_t count = left < patches.run ? left : patches.run;

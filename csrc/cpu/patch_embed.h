@@ -19,6 +19,12 @@ struct Patches {
   int64_t patch_height;
 };
 
+// The first element of a patch.
+static inline int64_t corner(const Patches& patches, int64_t image, int64_t patch) {
+  return image * patches.image_stride + patch / patches.grid_cols * patches.patch_row_stride +
+         patch % patches.grid_cols * patches.patch_col_stride;
+}
+
 template <class Pixel>
 struct PatchKernels {
   // out <- a patch of an image, as float32 or rounded to bfloat16.
