@@ -7,19 +7,17 @@ namespace {
 
 // A block of c that fits the registers: 24 sums where there are 32 registers, 12 where there are 16.
 constexpr int kBlockRows = 6;
-// One chain of roundings over all of k is less exact than a good BLAS; in pieces of kChain, summed by themselves, it is not.
-constexpr int64_t kChain = 128;
 // kDepth: as much of k at a time that b's columns of a block stay in a cache while a's rows pass by.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kBlockVectors = 4;
-constexpr int64_t kDepth = 4 * kChain;  // in the second-level cache
+constexpr int64_t kDepth = 512;  // in the second-level cache
 constexpr bool kPacks = false;
 // a's rows often come from memory, a block of them at a time, too short for the processor to foresee: their first use asks
 // ahead. info_nce's forward is 4 % faster for it on Zen 5, and no faster on Zen 3.
 constexpr bool kFetches = true;
 #else
 constexpr int kBlockVectors = 2;
-constexpr int64_t kDepth = 2 * kChain;
+constexpr int64_t kDepth = 256;
 // A narrow block's columns fit the first-level cache, but not where their rows lie far apart and fall into few of its sets:
 // they are copied to one place first, 16 to 18 % faster on Zen 3.
 constexpr bool kPacks = true;
@@ -28,11 +26,13 @@ constexpr bool kFetches = false;
 // Fewer rows than this do not pay for the copy.
 constexpr int64_t kLeastPacked = 4 * kBlockRows;
 
-// What a and b hold: `spread`, an entry in all lanes; multiply_add, sum + left * right; add, what is stored for a
-// sum of row r and of the columns from j, `before` being there; at, the same for a part of c that begins there.
+// What a and b hold: `spread`, an entry in all lanes; multiply_add, sum + left * right; kChain, of how much of k a sum is made
+// before it is added to others; add, what is stored for a sum of row r and of the columns from j, `before` being there; at, the
+// same for a part of c that begins there.
 template <class Entries>
 struct FloatSums {
   using Sum = Vec;
+  static constexpr int64_t kChain = 128;  // one chain of roundings over all of k is less exact than a good BLAS
   static Vec add(Vec sum, Vec before, int64_t, int64_t, int64_t) { return sum + before; }
   static Entries at(int64_t, int64_t) { return {}; }
 };
@@ -67,6 +67,7 @@ struct Pairs : FloatSums<Pairs> {
 // Pairs of int16 likewise.
 struct Shorts {
   using Sum = IntVec;
+  static constexpr int64_t kChain = kDepth;  // sums are exact
 
   const float *row_steps, *col_steps;
 
@@ -98,8 +99,9 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
   if (accumulate)
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * c_row + v * kWidth, 1);
-  for (int64_t first = 0; first < k; first += kChain) {
-    const int64_t last = first + kChain < k ? first + kChain : k;
+  constexpr int64_t chain = Entries::kChain;
+  for (int64_t first = 0; first < k; first += chain) {
+    const int64_t last = first + chain < k ? first + chain : k;
     typename Entries::Sum sums[kRows][kVectors] = {};
     for (int64_t p = first; p < last; ++p) {
       if (kAhead && p % kWidth == 0)
@@ -120,11 +122,13 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         float* to = c + r * c_row + v * kWidth;
-        const Vec sum = entries.add(sums[r][v], before ? before[r][v] : Vec{}, r, v * kWidth, count);
+        const Vec there = last == k && accumulate ? load(to, count, 0.0f) : Vec{};
+        Vec sum = entries.add(sums[r][v], before ? before[r][v] : there, r, v * kWidth, count);
+        if (before) sum += there;
         if (last < k)
           parts[r][v] = sum;
         else
-          store(to, count, accumulate ? sum + load(to, count, 0.0f) : sum);
+          store(to, count, sum);
       }
     before = parts;
   }
