@@ -51,6 +51,7 @@ Vec spread_bits(float entry) {
 
 // Pairs of bfloat16, each seen as one float, whose products are added: sum + left[0] * right[0] + left[1] * right[1].
 struct Pairs : FloatSums<Pairs> {
+  static constexpr int64_t kChain = kDepth;  // the pairs were rounded to fewer bits than such a sum loses
   static Vec spread(float entry) { return spread_bits(entry); }
   static Vec multiply_add(Vec left, Vec right, Vec sum) {
 #if defined(__AVX512BF16__) && VLMFAST_SIMD_WIDTH == 16
@@ -100,8 +101,8 @@ void multiply_block(int64_t k, const float* a, int64_t a_row, int64_t a_col, con
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * c_row + v * kWidth, 1);
   constexpr int64_t chain = Entries::kChain;
-  for (int64_t first = 0; first < k; first += chain) {
-    const int64_t last = first + chain < k ? first + chain : k;
+  for (int64_t first = 0, last; first < k; first = last) {
+    last = chain < kDepth && first + chain < k ? first + chain : k;
     typename Entries::Sum sums[kRows][kVectors] = {};
     for (int64_t p = first; p < last; ++p) {
       if (kAhead && p % kWidth == 0)
