@@ -1,5 +1,4 @@
-// The patches of a batch of images as rows of a matrix, read from the pixels where they are needed, for the CPU schedule of
-// patch_embed.
+// How the CPU schedule of patch_embed reads pixels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
