@@ -153,23 +153,77 @@ def _warn_of_fallback(op: str, reasons: Mapping[str, str | None]) -> None:
         warnings.warn(f"vlmfast.{op} runs on PyTorch ops ({message})", stacklevel=3)
 
 
+without_autocast = torch._C._DisableAutocast
+"""A context like `torch.autocast(device, enabled=False)` in a tenth of its time; inside an op, where none is traced."""
+
+
 def define(
     name: str,
     schema: str,
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    backward: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Any:
-    """Registers vlmfast::name for every device and returns the callable op."""
+    """Registers vlmfast::name for every device and returns the callable op.
+
+    Args:
+        schema: of positional arguments without defaults.
+        setup_context, backward: the derivative, as `torch.library.register_autograd` takes it, called by position.
+            Without, it raises RuntimeError, where autograd would drop it in silence.
+    """
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlmfast::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.vlmfast, name).default
+    op = getattr(torch.ops.vlmfast, name).default
+    LIBRARY.impl(name, _with_autograd(name, op, implementation, setup_context, backward), "Autograd", with_keyset=True)
+    return op
 
 
-def no_second_derivative(name: str) -> None:
-    """Makes a derivative of vlmfast::name (a backward op) raise instead of being silently dropped."""
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+_BELOW_AUTOGRAD_BITS = _BELOW_AUTOGRAD.raw_repr()
+_BACKENDS_BITS = frozenset(
+    torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+)
 
-    def raise_error(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"vlmfast::{name} has no derivative: the second derivative of this op is not implemented")
 
-    torch.library.register_autograd(f"vlmfast::{name}", raise_error, lib=LIBRARY)
+def _with_autograd(
+    name: str,
+    op: Any,
+    implementation: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None,
+    backward: Callable[..., tuple[Any, ...]] | None,
+) -> Callable[..., Any]:
+    """The op's kernel for autograd: as `torch.library.register_autograd` makes it, but sooner at the implementation.
+
+    That one always dispatches a second time. Here it is done only where something is to see the op that lies between
+    autograd and backends: a subclass of tensors, or a mode that traces or counts.
+    """
+
+    def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            if keyset.raw_repr() & _BELOW_AUTOGRAD_BITS in _BACKENDS_BITS:
+                return implementation(*inputs)
+            return op.redispatch(keyset & _BELOW_AUTOGRAD, *inputs)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        inputs = args[:-1]
+        output = below(args[-1], inputs)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+        return output
+
+    def gradients(ctx: Any, *grads: Any) -> Any:
+        if backward is None:
+            raise RuntimeError(f"{op} has no derivative: the second derivative of this op is not implemented")
+        return (*backward(ctx, *grads), None)
+
+    static = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    function: Any = type(f"vlmfast_{name}", (torch.autograd.Function,), static)  # profilers show this name
+
+    def kernel(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return function.apply(*inputs, keyset)
+        return below(keyset, inputs)
+
+    return kernel

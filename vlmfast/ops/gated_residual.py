@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.ops import _dispatch
 from vlmfast.ops._dispatch import (
     Impl,
     choose,
@@ -31,7 +30,6 @@ from vlmfast.ops._dispatch import (
     cuda_unsupported,
     define,
     never,
-    no_second_derivative,
     triton_unsupported,
 )
 
@@ -149,6 +147,11 @@ def _kernels() -> Any:
 
 
 IMPLS = {
+    "cpu": Impl(
+        lambda *args: core.gated_residual_forward(*args),
+        lambda *args: core.gated_residual_backward(*args),
+        cpu_unsupported,
+    ),
     "triton": Impl(
         lambda *args: _kernels().forward(*args),
         lambda *args: _kernels().backward(*args),
@@ -158,11 +161,6 @@ IMPLS = {
         lambda *args: cuda_kernels().gated_residual_forward(*args),
         lambda *args: cuda_kernels().gated_residual_backward(*args),
         cuda_unsupported,
-    ),
-    "cpu": Impl(
-        lambda *args: core.gated_residual_forward(*args),
-        lambda *args: core.gated_residual_backward(*args),
-        cpu_unsupported,
     ),
     "torch": Impl(reference_forward, reference_backward, never),
 }
@@ -187,21 +185,6 @@ def _fake_backward(grad: Tensor, hidden: Tensor, gate: Tensor, *args: Any) -> tu
     return hidden.new_empty(hidden.shape if hidden_grad else 0), gate.new_empty(gate.shape if gate_grad else 0)
 
 
-_forward_op = define(
-    "gated_residual_forward",
-    "(Tensor residual, Tensor hidden, Tensor gate, Tensor? row_mask, bool tanh) -> Tensor",
-    _forward,
-    _fake_forward,
-)
-_backward_op = define(
-    "gated_residual_backward",
-    "(Tensor grad, Tensor hidden, Tensor gate, Tensor? row_mask, bool tanh, bool hidden_grad, bool gate_grad)"
-    " -> (Tensor hidden_grad, Tensor gate_grad)",
-    _backward,
-    _fake_backward,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, hidden, gate, row_mask, ctx.tanh = inputs
     ctx.save_for_backward(hidden, gate, row_mask)
@@ -216,7 +199,18 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad if residual_grad else None, d_hidden, d_gate, None, None
 
 
-torch.library.register_autograd(
-    "vlmfast::gated_residual_forward", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
+_forward_op = define(
+    "gated_residual_forward",
+    "(Tensor residual, Tensor hidden, Tensor gate, Tensor? row_mask, bool tanh) -> Tensor",
+    _forward,
+    _fake_forward,
+    _setup_context,
+    _autograd,
 )
-no_second_derivative("gated_residual_backward")
+_backward_op = define(
+    "gated_residual_backward",
+    "(Tensor grad, Tensor hidden, Tensor gate, Tensor? row_mask, bool tanh, bool hidden_grad, bool gate_grad)"
+    " -> (Tensor hidden_grad, Tensor gate_grad)",
+    _backward,
+    _fake_backward,
+)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmfast.ops import _dispatch, _pairs
+from vlmfast.ops import _pairs
 from vlmfast.ops._dispatch import (
     Impl,
     choose,
@@ -43,8 +43,8 @@ from vlmfast.ops._dispatch import (
     cuda_unsupported,
     define,
     never,
-    no_second_derivative,
     triton_unsupported,
+    without_autocast,
 )
 from vlmfast.ops._info_nce_torch import normalise_side, reference_backward, reference_forward
 from vlmfast.ops._pairs import Groups
@@ -269,6 +269,9 @@ def _kernels() -> Any:
 
 
 IMPLS = {
+    "cpu": Impl(
+        lambda *args: core.info_nce_forward(*args), lambda *args: core.info_nce_backward(*args), cpu_unsupported
+    ),
     "triton": Impl(
         lambda *args: _kernels().forward(*args),
         lambda *args: _kernels().backward(*args),
@@ -279,9 +282,6 @@ IMPLS = {
         lambda *args: cuda_kernels().info_nce_backward(*args),
         cuda_unsupported,
     ),
-    "cpu": Impl(
-        lambda *args: core.info_nce_forward(*args), lambda *args: core.info_nce_backward(*args), cpu_unsupported
-    ),
     "torch": Impl(reference_forward, reference_backward, never),
 }
 
@@ -289,7 +289,7 @@ IMPLS = {
 def tile_forward(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row_stats, col_stats, shift and kept from the backend that `choose` names; arguments of `reference_forward`."""
     impl = choose("info_nce", IMPLS, image)
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast():
         row_stats, col_stats, shift, kept = impl.forward(image, *args)
     return row_stats, col_stats, shift, _in_panels(kept) if _makes_rows(impl, image) else kept
 
@@ -309,7 +309,7 @@ def tile_backward(
     impl = choose("info_nce", IMPLS, image)
     if _makes_rows(impl, image):
         kept = _in_rows(kept)
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast():
         return impl.backward(unit, image, text, scale, rows, cols, shift, kept, *args)
 
 
@@ -392,24 +392,6 @@ def _fake_backward(
     )
 
 
-_SAVED = "Tensor rows, Tensor cols, Tensor shift, Tensor kept, Tensor unit"
-_CODES = "Tensor? row_codes, Tensor? col_codes, SymInt label_offset"
-_forward_op = define(
-    "info_nce_forward",
-    f"(Tensor image, Tensor text, Tensor scale, Tensor? row_mask, {_CODES}, bool bidirectional, bool exclude_positive,"
-    f" bool keep) -> (Tensor loss, {_SAVED})",
-    _forward,
-    _fake_forward,
-)
-_backward_op = define(
-    "info_nce_backward",
-    f"(Tensor grad, Tensor image, Tensor text, Tensor scale, {_SAVED}, {_CODES}, bool image_grad, bool text_grad)"
-    " -> (Tensor image_grad, Tensor text_grad, Tensor scale_grad)",
-    _backward,
-    _fake_backward,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, text, scale, _, row_codes, col_codes, ctx.label_offset, *_ = inputs
     ctx.save_for_backward(image, text, scale, *output[1:], row_codes, col_codes)
@@ -423,7 +405,21 @@ def _autograd(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), *[None] * 7)
 
 
-torch.library.register_autograd(
-    "vlmfast::info_nce_forward", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
+_SAVED = "Tensor rows, Tensor cols, Tensor shift, Tensor kept, Tensor unit"
+_CODES = "Tensor? row_codes, Tensor? col_codes, SymInt label_offset"
+_forward_op = define(
+    "info_nce_forward",
+    f"(Tensor image, Tensor text, Tensor scale, Tensor? row_mask, {_CODES}, bool bidirectional, bool exclude_positive,"
+    f" bool keep) -> (Tensor loss, {_SAVED})",
+    _forward,
+    _fake_forward,
+    _setup_context,
+    _autograd,
 )
-no_second_derivative("info_nce_backward")
+_backward_op = define(
+    "info_nce_backward",
+    f"(Tensor grad, Tensor image, Tensor text, Tensor scale, {_SAVED}, {_CODES}, bool image_grad, bool text_grad)"
+    " -> (Tensor image_grad, Tensor text_grad, Tensor scale_grad)",
+    _backward,
+    _fake_backward,
+)

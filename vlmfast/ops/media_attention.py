@@ -37,7 +37,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.ops import _dispatch
 from vlmfast.ops._dispatch import (
     Impl,
     choose,
@@ -47,8 +46,8 @@ from vlmfast.ops._dispatch import (
     cuda_unsupported,
     define,
     never,
-    no_second_derivative,
     triton_unsupported,
+    without_autocast,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -376,6 +375,11 @@ def _cuda_unsupported(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None
 
 
 IMPLS = {
+    "cpu": Impl(
+        lambda *args: core.media_attention_forward(*args),
+        lambda *args: core.media_attention_backward(*args),
+        cpu_unsupported,
+    ),
     "triton": Impl(
         lambda *args: _kernels().forward(*args),
         lambda *args: _kernels().backward(*args),
@@ -385,11 +389,6 @@ IMPLS = {
         lambda *args: cuda_kernels().media_attention_forward(*args),
         lambda *args: cuda_kernels().media_attention_backward(*args),
         _cuda_unsupported,
-    ),
-    "cpu": Impl(
-        lambda *args: core.media_attention_forward(*args),
-        lambda *args: core.media_attention_backward(*args),
-        cpu_unsupported,
     ),
     "torch": Impl(reference_forward, reference_backward, never),
 }
@@ -403,13 +402,13 @@ def _side_by_side(t: Tensor) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     _, media_hi, media_len, _, tokens_per_media, *_ = args
     _check_values(k, media_hi, media_len, tokens_per_media)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast():
         out, lse = choose("media_attention", IMPLS, q, k, v).forward(q, k, v, *args)
     return _side_by_side(out), lse
 
 
 def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast():
         gradients = choose("media_attention", IMPLS, q, k, v).backward(grad_out, q, k, v, *args)
     return tuple(_side_by_side(t) if t.dim() == 4 else t for t in gradients)
 
@@ -422,25 +421,6 @@ def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any
     q_grad, kv_grad = args[-2:]
     wanted = ((q, q_grad), (k, kv_grad), (v, kv_grad))
     return tuple(_new(t, t.shape[3]) if flag else t.new_empty(0) for t, flag in wanted)
-
-
-_MEDIA = (
-    "Tensor? media_lo, Tensor? media_hi, Tensor? media_len, Tensor? key_bias, SymInt tokens_per_media, float scale,"
-    " bool empty_all"
-)
-_forward_op = define(
-    "media_attention_forward",
-    f"(Tensor q, Tensor k, Tensor v, {_MEDIA}) -> (Tensor out, Tensor lse)",
-    _forward,
-    _fake_forward,
-)
-_backward_op = define(
-    "media_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MEDIA}, bool q_grad, bool kv_grad)"
-    " -> (Tensor q_grad, Tensor k_grad, Tensor v_grad)",
-    _backward,
-    _fake_backward,
-)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -456,7 +436,22 @@ def _autograd(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), *[None] * 7)
 
 
-torch.library.register_autograd(
-    "vlmfast::media_attention_forward", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
+_MEDIA = (
+    "Tensor? media_lo, Tensor? media_hi, Tensor? media_len, Tensor? key_bias, SymInt tokens_per_media, float scale,"
+    " bool empty_all"
 )
-no_second_derivative("media_attention_backward")
+_forward_op = define(
+    "media_attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {_MEDIA}) -> (Tensor out, Tensor lse)",
+    _forward,
+    _fake_forward,
+    _setup_context,
+    _autograd,
+)
+_backward_op = define(
+    "media_attention_backward",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MEDIA}, bool q_grad, bool kv_grad)"
+    " -> (Tensor q_grad, Tensor k_grad, Tensor v_grad)",
+    _backward,
+    _fake_backward,
+)

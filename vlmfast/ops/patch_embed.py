@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmfast.ops import _dispatch, _patches
+from vlmfast.ops import _patches
 from vlmfast.ops._dispatch import (
     Impl,
     choose,
@@ -34,8 +34,8 @@ from vlmfast.ops._dispatch import (
     cuda_unsupported,
     define,
     never,
-    no_second_derivative,
     triton_unsupported,
+    without_autocast,
 )
 from vlmfast.ops._patches import LAYOUTS
 
@@ -309,6 +309,9 @@ def _kernels() -> Any:
 
 
 IMPLS = {
+    "cpu": Impl(
+        lambda *args: core.patch_embed_forward(*args), lambda *args: core.patch_embed_backward(*args), cpu_unsupported
+    ),
     "triton": Impl(
         lambda *args: _kernels().forward(*args),
         lambda *args: _kernels().backward(*args),
@@ -318,9 +321,6 @@ IMPLS = {
         lambda *args: cuda_kernels().patch_embed_forward(*args),
         lambda *args: cuda_kernels().patch_embed_backward(*args),
         cuda_unsupported,
-    ),
-    "cpu": Impl(
-        lambda *args: core.patch_embed_forward(*args), lambda *args: core.patch_embed_backward(*args), cpu_unsupported
     ),
     "torch": Impl(reference_forward, reference_backward, never),
 }
@@ -333,13 +333,13 @@ def _forward(pixels: Tensor, weight: Tensor, *args: Any) -> Tensor:
         low, high = keep.aminmax()
         if low < 0 or high >= rows * columns:
             raise IndexError(f"patch_embed: keep must be in [0, {rows * columns}); got {int(low)} to {int(high)}")
-    with torch.autocast(pixels.device.type, enabled=False):
+    with without_autocast():
         tokens: Tensor = choose("patch_embed", IMPLS, pixels).forward(pixels, weight, *args)
     return tokens
 
 
 def _backward(grad: Tensor, pixels: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    with torch.autocast(pixels.device.type, enabled=False):
+    with without_autocast():
         weight_grad, token_grad = choose("patch_embed", IMPLS, pixels).backward(grad, pixels, weight, *args)
     return weight_grad.to(weight.dtype), token_grad
 
@@ -388,30 +388,6 @@ def _fake_scatter(rows: Tensor, *args: Any) -> Tensor:
     return rows.new_empty((rows.shape[0], patch[0], *size), dtype=dtype)
 
 
-_SPEC = "float[]? mean, float[]? std, bool pad, ScalarType product_dtype, ScalarType token_dtype"
-_forward_op = define(
-    "patch_embed_forward",
-    "(Tensor pixels, Tensor weight, Tensor? bias, Tensor? prefix, Tensor? position, Tensor? keep,"
-    + _SPEC
-    + ") -> Tensor",
-    _forward,
-    _fake_forward,
-)
-_backward_op = define(
-    "patch_embed_backward",
-    "(Tensor grad, Tensor pixels, Tensor weight, Tensor? keep, SymInt prefix_tokens, bool wants_weight_grad,"
-    " bool wants_token_grad," + _SPEC + ") -> (Tensor weight_grad, Tensor token_grad)",
-    _backward,
-    _fake_backward,
-)
-_scatter_op = define(
-    "patch_embed_scatter",
-    "(Tensor rows, Tensor? keep, SymInt[] patch, SymInt[] size, float[]? std, ScalarType dtype) -> Tensor",
-    _scatter,
-    _fake_scatter,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     pixels, weight, bias, prefix, position, keep, *spec = inputs
     ctx.save_for_backward(pixels, weight, keep)
@@ -456,8 +432,27 @@ def _position_grad(grad: Tensor, keep: Tensor, count: int, patches: int) -> Tens
     return torch.cat([grad[:, :count], scattered[:, 0]], 1)
 
 
-torch.library.register_autograd(
-    "vlmfast::patch_embed_forward", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
+_SPEC = "float[]? mean, float[]? std, bool pad, ScalarType product_dtype, ScalarType token_dtype"
+_forward_op = define(
+    "patch_embed_forward",
+    "(Tensor pixels, Tensor weight, Tensor? bias, Tensor? prefix, Tensor? position, Tensor? keep,"
+    + _SPEC
+    + ") -> Tensor",
+    _forward,
+    _fake_forward,
+    _setup_context,
+    _autograd,
 )
-no_second_derivative("patch_embed_backward")
-no_second_derivative("patch_embed_scatter")
+_backward_op = define(
+    "patch_embed_backward",
+    "(Tensor grad, Tensor pixels, Tensor weight, Tensor? keep, SymInt prefix_tokens, bool wants_weight_grad,"
+    " bool wants_token_grad," + _SPEC + ") -> (Tensor weight_grad, Tensor token_grad)",
+    _backward,
+    _fake_backward,
+)
+_scatter_op = define(
+    "patch_embed_scatter",
+    "(Tensor rows, Tensor? keep, SymInt[] patch, SymInt[] size, float[]? std, ScalarType dtype) -> Tensor",
+    _scatter,
+    _fake_scatter,
+)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmfast.ops import _dispatch, _pairs
+from vlmfast.ops import _pairs
 from vlmfast.ops._dispatch import (
     Impl,
     choose,
@@ -30,8 +30,8 @@ from vlmfast.ops._dispatch import (
     cuda_unsupported,
     define,
     never,
-    no_second_derivative,
     triton_unsupported,
+    without_autocast,
 )
 from vlmfast.ops._pairs import Groups
 
@@ -152,16 +152,16 @@ def _kernels() -> Any:
 
 
 IMPLS = {
+    "cpu": Impl(lambda *args: core.sigmoid_loss_forward(*args), reference_backward, cpu_unsupported),
     "triton": Impl(lambda *args: _kernels().forward(*args), reference_backward, triton_unsupported("products")),
     "cuda": Impl(lambda *args: cuda_kernels().sigmoid_loss_forward(*args), reference_backward, cuda_unsupported),
-    "cpu": Impl(lambda *args: core.sigmoid_loss_forward(*args), reference_backward, cpu_unsupported),
     "torch": Impl(reference_forward, reference_backward, never),
 }
 
 
 def tile_forward(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sums and gradients from the backend that `choose` names; arguments of `reference_forward`."""
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast():
         return choose("sigmoid_loss", IMPLS, image).forward(image, *args)
 
 
@@ -188,23 +188,6 @@ def _fake_backward(
     return tuple(g.new_empty(g.shape, dtype=t.dtype) for g, t in zip(gradients, inputs, strict=True))
 
 
-_INPUTS = "Tensor image, Tensor text, Tensor scale, Tensor bias"
-_GRADIENTS = "Tensor image_grad, Tensor text_grad, Tensor scale_grad, Tensor bias_grad"
-_forward_op = define(
-    "sigmoid_loss_forward",
-    f"({_INPUTS}, Tensor? row_codes, Tensor? col_codes, SymInt label_offset, bool wants_image_grad,"
-    f" bool wants_text_grad) -> (Tensor loss, {_GRADIENTS})",
-    _forward,
-    _fake_forward,
-)
-_backward_op = define(
-    "sigmoid_loss_backward",
-    f"(Tensor grad, {_INPUTS}, {_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -217,7 +200,20 @@ def _autograd(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return (*(g if w else None for g, w in zip(gradients, wanted, strict=False)), *[None] * 5)
 
 
-torch.library.register_autograd(
-    "vlmfast::sigmoid_loss_forward", _autograd, setup_context=_setup_context, lib=_dispatch.LIBRARY
+_INPUTS = "Tensor image, Tensor text, Tensor scale, Tensor bias"
+_GRADIENTS = "Tensor image_grad, Tensor text_grad, Tensor scale_grad, Tensor bias_grad"
+_forward_op = define(
+    "sigmoid_loss_forward",
+    f"({_INPUTS}, Tensor? row_codes, Tensor? col_codes, SymInt label_offset, bool wants_image_grad,"
+    f" bool wants_text_grad) -> (Tensor loss, {_GRADIENTS})",
+    _forward,
+    _fake_forward,
+    _setup_context,
+    _autograd,
 )
-no_second_derivative("sigmoid_loss_backward")
+_backward_op = define(
+    "sigmoid_loss_backward",
+    f"(Tensor grad, {_INPUTS}, {_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
