@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmfast.bench.harness import NotHere, here
+from vlmfast.bench.harness import NotHere
 from vlmfast.bench.media_attention import CASES, PROVIDERS, error, exact_results, gflop, make_inputs, step
+from vlmfast.bench.timing import here
 from vlmfast.cli.bench import run
 
 

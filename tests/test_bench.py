@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vlmfast import bench
-from vlmfast.bench import compare, harness, media_attention, sigmoid_loss, step
+from vlmfast.bench import compare, harness, media_attention, sigmoid_loss, step, timing
 from vlmfast.bench.report import lines_plot, machine, print_table, to_json
 from vlmfast.cli import main
 
@@ -195,7 +195,7 @@ def test_the_first_call_of_a_turn_tells_how_many_are_timed(
         clock[0] += first if calls % (1 + counted) == 0 else 0.005 * (calls % (1 + counted))
         calls += 1
 
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     times = harness.interleave({"peer": call}, {}, 3, "cpu")[0]["peer"]
     assert times == pytest.approx([0.005 * (1 + counted) / 2] * 3)
     assert calls == 3 * (1 + counted)

@@ -25,8 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import vlmfast
-from vlmfast.bench.harness import seconds
 from vlmfast.bench.report import processor
+from vlmfast.bench.timing import seconds
 from vlmfast.ops import _dispatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -26,19 +26,16 @@ from vlmfast.bench.harness import (
     DTYPES,
     Bench,
     NotHere,
-    Size,
     attempt,
     compiled,
-    gemm_rates,
-    here,
     interleave,
     relative,
     require,
     require_backend,
-    row_of,
 )
 from vlmfast.bench.memory import memory_of, peak_of
 from vlmfast.bench.report import bars_plot, print_table
+from vlmfast.bench.timing import gemm_rates, here, row_of
 from vlmfast.ops import gated_residual, media_attention, media_index
 from vlmfast.ops.media_attention import IMPLS
 
@@ -298,7 +295,7 @@ def measure_case(providers: Sequence[str], name: str, dtype_name: str, rounds: i
             errors[provider] = error(made[1], exact)
     del exact
     rows = case.batch * case.length
-    rates = gemm_rates(Size({}, 0.0, (rows, rows, DIM)), dtype, device)
+    rates = gemm_rates((rows, rows, DIM), dtype, device)
     measured, gemm = interleave(once, rates, rounds, device)
     needed = gflop(case, inputs)
     group = []

@@ -25,16 +25,13 @@ from vlmfast.bench.harness import (
     DTYPES,
     Bench,
     NotHere,
-    Size,
     attempt,
-    gemm_rates,
-    here,
     interleave,
     require,
-    row_of,
 )
 from vlmfast.bench.memory import memory_of, peak_of
 from vlmfast.bench.report import bars_plot, print_table
+from vlmfast.bench.timing import gemm_rates, here, row_of
 
 PROVIDERS = ("vlmfast", "original")
 BASELINE = "original"
@@ -218,7 +215,7 @@ def measure(providers: Sequence[str], text: str, dtype_name: str, rounds: int) -
     for provider in providers:
         if (made := attempt(provider, functools.partial(first, provider))) is not None:
             steps[provider], errors[provider] = made
-    measured, gemm = interleave(steps, gemm_rates(Size({}, 0.0, (1024,) * 3), dtype, device), rounds, device)
+    measured, gemm = interleave(steps, gemm_rates((1024, 1024, 1024), dtype, device), rounds, device)
     model, _, number = text.rpartition("x")
     steps.clear()
     group = [
