@@ -147,7 +147,7 @@ struct Gradient {
   double product = 0.0;
 
   Gradient(const at::Tensor& sums, const at::Tensor& features_, float factor, bool wanted, bool with_product) {
-    constexpr int64_t block = 64;  // rows at a time, which stay in cache
+    constexpr int64_t block = 8;  // rows at a time, which stay in the first-level cache
     const auto features = features_.contiguous();
     const int64_t rows = sums.size(0), dim = sums.size(1);
     const bool wide = features.scalar_type() == at::kFloat, bf16 = features.scalar_type() == at::kBFloat16;

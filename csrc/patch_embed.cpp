@@ -136,6 +136,7 @@ const uint16_t* as(const float* row, int64_t count, uint16_t* out) {
 constexpr int64_t kGradRows = 512;    // patches that are read at a time
 constexpr int64_t kGradCols = kRows;  // columns of the tokens' gradients at a time, in whole blocks of cpu/product.cpp
 constexpr int64_t kRowsAhead = 16;    // how far ahead rows of gradients are asked for
+constexpr int64_t kPairedRows = 4;    // patches that are read before they are paired, which stay in the first-level cache
 constexpr int64_t kMostSplits = 8;    // of the sum over patches, each with a gradient of its own in memory
 
 // out (count / 2, stride, 2) <- `count` rows in pairs, row(r) being the first of `cols` entries of one; after an odd number of
@@ -147,6 +148,20 @@ void pair_rows(const Row& row, int64_t count, int64_t cols, at::BFloat16* out, i
   for (int64_t r = 0; r < count; r += 2)
     VLMFAST_KERNELS(tile).interleave(as(row(r), cols, even), r + 1 < count ? as(row(r + 1), cols, odd) : zeros, cols,
                                      reinterpret_cast<uint16_t*>(out + r * stride));
+}
+
+// out (count / 2, even, 2) <- patches `first` to first + count in pairs; after an odd number of them comes a 0. few (kPairedRows,
+// even) is scratch.
+void read_pairs(const PatchRows& patches, int64_t first, int64_t count, at::BFloat16* few, at::BFloat16* out, int64_t even) {
+  const auto* rows = reinterpret_cast<const uint16_t*>(few);
+  for (int64_t r = 0; r < count; r += kPairedRows) {
+    const int64_t some = std::min(kPairedRows, count - r);
+    patches.read(first + r, some, few, even);
+    if (some % 2) std::fill_n(few + some * even, even, at::BFloat16(0));
+    for (int64_t i = 0; i < some; i += 2)
+      VLMFAST_KERNELS(tile).interleave(rows + i * even, rows + (i + 1) * even, even,
+                                       reinterpret_cast<uint16_t*>(out + (r + i) * even));
+  }
 }
 
 // (O, C, p, q) = grad's rows transposed times the patches. Threads split the sum over patches; beyond kMostSplits of them
@@ -164,7 +179,7 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& weight, c
   const auto sums = held.take({splits, width, even}, at::kFloat, false);
   const auto* rows = grad.const_data_ptr<Token>();
   at::parallel_for(0, splits * groups, 1, [&](int64_t begin, int64_t end) {
-    const auto block = at::zeros({step, even}, dtype), paired = at::empty({single ? 0 : step, even}, dtype);
+    const auto block = at::empty({single ? step : kPairedRows, even}, dtype), paired = at::empty({single ? 0 : step, even}, dtype);
     const auto flipped = at::empty({kGradCols, step}, dtype);
     auto* left = flipped.template mutable_data_ptr<Product>();
     for (int64_t task = begin; task < end; ++task) {
@@ -175,14 +190,10 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& weight, c
         const int64_t count = std::min(step, last - first);
         const bool accumulate = first > split * share;
         auto* right = block.template mutable_data_ptr<Product>();
-        patches.read(first, count, right, even);
-        if constexpr (!single) {
-          if (count % 2) std::fill_n(right + count * even, even, Product(0));
-          const auto* read = reinterpret_cast<const uint16_t*>(right);
-          auto* pairs = reinterpret_cast<uint16_t*>(paired.template mutable_data_ptr<Product>());
-          for (int64_t r = 0; r < count; r += 2)
-            VLMFAST_KERNELS(tile).interleave(read + r * even, read + (r + 1) * even, even, pairs + r * even);
-        }
+        if constexpr (single)
+          patches.read(first, count, right, even);
+        else
+          read_pairs(patches, first, count, right, paired.template mutable_data_ptr<Product>(), even);
         for (int64_t j = col_tiles * group / groups; j < col_tiles * (group + 1) / groups; ++j) {
           const int64_t cols = std::min(kGradCols, width - j * kGradCols);
           const auto row = [&](int64_t r) {

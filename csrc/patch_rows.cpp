@@ -82,7 +82,7 @@ void PatchRows::each(int64_t first, int64_t count, const F& f) const {
   constexpr int64_t ahead = 2;
   const auto with = [&](const auto& reader) {
     for (int64_t r = 0; r < count; ++r) {
-      if (r + ahead < count) fetch_lines(first + r + ahead);
+      if (first + r + ahead < rows) fetch_lines(first + r + ahead);
       f(reader, (first + r) / taken, patch(first + r), r);
     }
   };

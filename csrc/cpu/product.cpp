@@ -148,11 +148,17 @@ void multiply_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64
     const int64_t rows = m - i < kBlockRows ? m - i : kBlockRows;
     if (next)
       for (int64_t p = k * i / m; p < k * (i + rows) / m; ++p) __builtin_prefetch(next + p * next_row);
+    constexpr bool ahead = kFetches && kVectors == kBlockVectors;
     const auto block =
-        fetches && i + 2 * kBlockRows <= m ? multiply_block<Entries, kBlockRows, kVectors, true> : blocks[rows - 1];
+        fetches && i + 2 * kBlockRows <= m ? multiply_block<Entries, kBlockRows, kVectors, ahead> : blocks[rows - 1];
     block(k, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, lanes, accumulate, entries.at(i, 0));
   }
 }
+
+template <int kVectors>
+struct Vectors {
+  static constexpr int value = kVectors;
+};
 
 template <class Entries>
 void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
@@ -163,20 +169,29 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, in
   for (int64_t first = 0; first < k; first += kDepth, accumulate = true) {
     const int64_t depth = k - first < kDepth ? k - first : kDepth;
     const float *left = a + first * a_col, *right = b + first * b_row;
-    int64_t j = 0;
-    for (; j + wide <= n; j += wide) {
-      if (packs)
+    const auto columns = [&](auto vectors, int64_t j, bool pack) {
+      if (pack)
         for (int64_t p = 0; p < depth; ++p)
           for (int v = 0; v < kBlockVectors; ++v)
             store(packed + p * wide + v * kWidth, load(right + p * b_row + j + v * kWidth));
-      const float* next = packs && j + 2 * wide <= n ? right + j + wide : nullptr;
-      multiply_columns<Entries, kBlockVectors>(m, depth, left, a_row, a_col, packs ? packed : right + j, packs ? wide : b_row,
-                                               c + j, c_row, kWidth, accumulate, next, b_row,
-                                               kFetches && a_col == 1 && j == 0, entries.at(0, j));
+      const float* next = pack && j + 2 * wide <= n ? right + j + wide : nullptr;
+      multiply_columns<Entries, decltype(vectors)::value>(
+          m, depth, left, a_row, a_col, pack ? packed : right + j, pack ? wide : b_row, c + j, c_row,
+          n - j < kWidth ? n - j : kWidth, accumulate, next, b_row, kFetches && a_col == 1 && j == 0, entries.at(0, j));
+    };
+    for (int64_t j = 0, vectors; j < n; j += vectors * kWidth) {
+      const int64_t whole = (n - j) / kWidth;
+      vectors = whole < kBlockVectors ? (whole > 1 ? whole : 1) : kBlockVectors;
+      if (kBlockVectors > 2 && whole == kBlockVectors + 1) --vectors;  // one alone takes the time of two
+      if (vectors == kBlockVectors)
+        columns(Vectors<kBlockVectors>(), j, packs);
+      else if (vectors == 1)
+        columns(Vectors<1>(), j, false);
+      else if (vectors == 2)
+        columns(Vectors<2>(), j, false);
+      else
+        columns(Vectors<kBlockVectors - 1>(), j, false);
     }
-    for (; j < n; j += kWidth)
-      multiply_columns<Entries, 1>(m, depth, left, a_row, a_col, right + j, b_row, c + j, c_row,
-                                   n - j < kWidth ? n - j : kWidth, accumulate, nullptr, 0, false, entries.at(0, j));
   }
 }
 

@@ -72,9 +72,8 @@ def test_without_the_extension_it_runs_on_torch_and_says_so_once(checkout: Path,
     assert done.returncode == 0, done.stderr
     where, warning, reasons = done.stdout.splitlines()
     assert where == str(tmp_path / "vlmfast")
-    why = "triton: the tensors are on cpu; cuda: the tensors are on cpu; cpu: the C++ extension"
-    assert warning.startswith(f"1 vlmfast.info_nce runs on PyTorch ops ({why}")
-    assert "vlmfast._C was not built" in warning
+    assert warning.startswith("1 vlmfast.info_nce runs on PyTorch ops (cpu: the C++ extension vlmfast._C was not built")
+    assert "triton: the tensors are on cpu; cuda: the tensors are on cpu" in warning
     assert "'torch': None" in reasons
 
 

@@ -39,7 +39,9 @@ def test_at_most_twice_eagers_error_on_random_rows(backend: str, recompute: bool
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("rows", "dim"), [(1, 64), (2, 1), (127, 3), (128, 64), (129, 588), (257, 768), (300, 1152)])
+@pytest.mark.parametrize(
+    ("rows", "dim"), [(1, 64), (2, 1), (127, 3), (128, 64), (129, 588), (257, 768), (300, 1152), (66, 80), (66, 113)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_shapes_and_dtypes(backend: str, rows: int, dim: int, dtype: torch.dtype, recompute: bool) -> None:
     check(*pairs(rows, dim), 20.0, dtype, recompute=recompute, dots=rounding_of_dots(backend, dtype))
