@@ -179,7 +179,8 @@ at::Tensor weight_gradient(const PatchRows& patches, const at::Tensor& weight, c
   const auto sums = held.take({splits, width, even}, at::kFloat, false);
   const auto* rows = grad.const_data_ptr<Token>();
   at::parallel_for(0, splits * groups, 1, [&](int64_t begin, int64_t end) {
-    const auto block = at::empty({single ? step : kPairedRows, even}, dtype), paired = at::empty({single ? 0 : step, even}, dtype);
+    const auto block = at::empty({single ? step : kPairedRows, even}, dtype);
+    const auto paired = at::empty({single ? 0 : step, even}, dtype);
     const auto flipped = at::empty({kGradCols, step}, dtype);
     auto* left = flipped.template mutable_data_ptr<Product>();
     for (int64_t task = begin; task < end; ++task) {
