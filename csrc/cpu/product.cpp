@@ -155,42 +155,30 @@ void multiply_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64
   }
 }
 
-template <int kVectors>
-struct Vectors {
-  static constexpr int value = kVectors;
-};
-
 template <class Entries>
 void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
               float* c, int64_t c_row, bool accumulate, Entries entries) {
+  constexpr decltype(&multiply_columns<Entries, 1>) widths[] = {  // the first kBlockVectors of them
+      multiply_columns<Entries, 1>, multiply_columns<Entries, 2>, multiply_columns<Entries, kBlockVectors - 1>,
+      multiply_columns<Entries, kBlockVectors>};
   constexpr int64_t wide = kBlockVectors * kWidth;
   alignas(64) float packed[kPacks ? kDepth * wide : 1];
   const bool packs = kPacks && m >= kLeastPacked;
   for (int64_t first = 0; first < k; first += kDepth, accumulate = true) {
     const int64_t depth = k - first < kDepth ? k - first : kDepth;
     const float *left = a + first * a_col, *right = b + first * b_row;
-    const auto columns = [&](auto vectors, int64_t j, bool pack) {
+    for (int64_t j = 0, vectors; j < n; j += vectors * kWidth) {
+      const int64_t whole = (n - j) / kWidth;
+      vectors = whole < kBlockVectors ? (whole > 1 ? whole : 1) : kBlockVectors;
+      if (kBlockVectors > 2 && whole == kBlockVectors + 1) --vectors;  // one alone takes the time of two
+      const bool pack = packs && vectors == kBlockVectors;
       if (pack)
         for (int64_t p = 0; p < depth; ++p)
           for (int v = 0; v < kBlockVectors; ++v)
             store(packed + p * wide + v * kWidth, load(right + p * b_row + j + v * kWidth));
       const float* next = pack && j + 2 * wide <= n ? right + j + wide : nullptr;
-      multiply_columns<Entries, decltype(vectors)::value>(
-          m, depth, left, a_row, a_col, pack ? packed : right + j, pack ? wide : b_row, c + j, c_row,
-          n - j < kWidth ? n - j : kWidth, accumulate, next, b_row, kFetches && a_col == 1 && j == 0, entries.at(0, j));
-    };
-    for (int64_t j = 0, vectors; j < n; j += vectors * kWidth) {
-      const int64_t whole = (n - j) / kWidth;
-      vectors = whole < kBlockVectors ? (whole > 1 ? whole : 1) : kBlockVectors;
-      if (kBlockVectors > 2 && whole == kBlockVectors + 1) --vectors;  // one alone takes the time of two
-      if (vectors == kBlockVectors)
-        columns(Vectors<kBlockVectors>(), j, packs);
-      else if (vectors == 1)
-        columns(Vectors<1>(), j, false);
-      else if (vectors == 2)
-        columns(Vectors<2>(), j, false);
-      else
-        columns(Vectors<kBlockVectors - 1>(), j, false);
+      widths[vectors - 1](m, depth, left, a_row, a_col, pack ? packed : right + j, pack ? wide : b_row, c + j, c_row,
+                          n - j < kWidth ? n - j : kWidth, accumulate, next, b_row, a_col == 1 && j == 0, entries.at(0, j));
     }
   }
 }

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from watching import Watch
 
-from vlmfast.ops import gated_residual
+from vlmfast.ops import gated_residual, sigmoid_loss
 
 FORWARD, BACKWARD = torch.ops.vlmfast.gated_residual_forward.default, torch.ops.vlmfast.gated_residual_backward.default
 
@@ -21,20 +21,13 @@ def inputs(wanted: bool = True) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_mode_sees_the_ops(wanted: bool) -> None:
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
     given = inputs(wanted)
-    with Watch():
+    with Watch() as watch:
         out = gated_residual(*given)
         if wanted:
             out.backward(torch.ones(3, 8))
-    assert FORWARD in seen
-    assert (BACKWARD in seen) == wanted
+    assert FORWARD in watch.seen
+    assert (BACKWARD in watch.seen) == wanted
 
 
 def test_a_subclass_sees_the_ops() -> None:
@@ -84,8 +77,6 @@ def test_a_profiler_sees_the_ops() -> None:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_autocast_does_not_reach_into_an_op(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products would be bfloat16."""
-    from vlmfast.ops import sigmoid_loss
-
     monkeypatch.setenv("VLMFAST_BACKEND", "torch")
     image, text = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1).requires_grad_(wanted) for _ in range(2))
     exact = sigmoid_loss(image, text, 10.0, -10.0)

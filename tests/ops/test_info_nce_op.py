@@ -10,6 +10,7 @@ from contrastive import pairs
 from numerics import loss_and_gradients
 from torch import Tensor
 from torch.nn import functional as F
+from watching import Watch
 
 import vlmfast
 from vlmfast.ops import _dispatch, info_nce
@@ -39,23 +40,13 @@ def test_frozen_inputs_get_no_gradient(backend: str, wanted: tuple[bool, ...]) -
 
 def test_a_frozen_side_is_not_computed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward op returns nothing for it."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen = {}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if func is torch.ops.vlmfast.info_nce_backward.default:
-                seen["shapes"] = [tuple(t.shape) for t in out]
-            return out
-
     image, text = pairs(30, 8)
     y = text.float().requires_grad_()
     loss = info_nce(image.float(), y, 10.0)
-    with Watch():
+    with Watch() as watch:
         loss.backward()
-    assert seen["shapes"][:2] == [(0,), (30, 8)]
+    shapes = [tuple(t.shape) for t in watch.seen[torch.ops.vlmfast.info_nce_backward.default]]
+    assert shapes[:2] == [(0,), (30, 8)]
 
 
 def test_what_is_kept_for_backward(backend: str) -> None:

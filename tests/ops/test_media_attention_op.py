@@ -9,6 +9,7 @@ from backends import use_backend
 from media import any_media, last_media, qkv, with_weights
 from numerics import loss_and_gradients
 from torch import Tensor, nn
+from watching import Watch
 
 import vlmfast
 from vlmfast.ops import media_attention, media_index
@@ -25,26 +26,16 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
 def test_frozen_inputs_get_no_gradient(backend: str, wanted: tuple[bool, ...]) -> None:
     """And what the backward op was not asked for, it did not make."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen = {}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if func is torch.ops.vlmfast.media_attention_backward.default:
-                seen["empty"] = [t.numel() == 0 for t in out]
-            return out
-
     values = [t.float() for t in qkv(2, 2, 2, 70, 60, 32)]
     options = any_media(2, 70, 3) | {"tokens_per_media": 20}
     weights = torch.randn(2, 2, 70, 32)
     full = loss_and_gradients(with_weights(media_attention, **options), (*values, weights))[1:4]
     leaves = [t.requires_grad_(flag) for t, flag in zip(values, wanted, strict=True)]
     out = media_attention(*leaves, **options)
-    with Watch():
+    with Watch() as watch:
         out.backward(weights)
-    assert seen["empty"] == [not wanted[0], not any(wanted[1:]), not any(wanted[1:])]
+    empty = [t.numel() == 0 for t in watch.seen[torch.ops.vlmfast.media_attention_backward.default]]
+    assert empty == [not wanted[0], not any(wanted[1:]), not any(wanted[1:])]
     for leaf, flag, gradient in zip(leaves, wanted, full, strict=True):
         assert (leaf.grad is not None) == flag
         if flag:
