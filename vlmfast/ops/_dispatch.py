@@ -11,6 +11,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 LIBRARY = torch.library.Library("vlmfast", "DEF")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
@@ -197,7 +200,8 @@ def _with_autograd(
     """The op's kernel for autograd: as `torch.library.register_autograd` makes it, but sooner at the implementation.
 
     That one always dispatches a second time. Here it is done only where something is to see the op that lies between
-    autograd and backends: a subclass of tensors, or a mode that traces or counts.
+    autograd and backends: a subclass of tensors, a mode that traces or counts, or a transform of torch.func. Each level
+    of those dispatches the op anew, so that its function is one of a single level, as those of PyTorch's own ops are.
     """
 
     def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
@@ -208,7 +212,11 @@ def _with_autograd(
 
     def forward(ctx: Any, *args: Any) -> Any:
         inputs = args[:-1]
-        output = below(args[-1], inputs)
+        if torch._C._are_functorch_transforms_active():  # an outer level has derivatives of its own
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = below(args[-1], inputs)
+        else:
+            output = below(args[-1], inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, output)
         return output
@@ -218,12 +226,19 @@ def _with_autograd(
             raise RuntimeError(f"{op} has no derivative: the second derivative of this op is not implemented")
         return (*backward(ctx, *grads), None)
 
-    static = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-    function: Any = type(f"vlmfast_{name}", (torch.autograd.Function,), static)  # profilers show this name
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(f"{op} has no forward-mode derivative; reverse mode serves, as in torch.func.grad")
+
+    static = {"forward": staticmethod(forward), "backward": staticmethod(gradients), "jvp": staticmethod(jvp)}
+    function: Any = type(f"vlmfast_{name}", (_SingleLevelFunction,), static)  # profilers show this name
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return function.apply(*inputs, keyset)
-        return below(keyset, inputs)
+        reverse_mode = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        if not reverse_mode and forward_ad._current_level < 0:
+            return below(keyset, inputs)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return function.apply(*inputs, keyset)
+        return function.apply(*inputs, keyset)
 
     return kernel

@@ -1,0 +1,152 @@
+"""The ops under torch.func: reverse mode and vmap give what autograd gives; other derivatives are refused, not 0."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.functional import normalize
+
+from vlmfast.nn import ClipLoss
+from vlmfast.ops import gated_residual, info_nce, media_attention, patch_embed, sigmoid_loss
+
+Inputs = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+Case = Callable[[], Inputs]
+
+
+def features() -> tuple[Tensor, Tensor]:
+    return normalize(torch.randn(6, 8), dim=1), normalize(torch.randn(6, 8), dim=1)
+
+
+def the_info_nce() -> Inputs:
+    return info_nce, (*features(), torch.tensor(5.0))
+
+
+def the_sigmoid_loss() -> Inputs:
+    return sigmoid_loss, (*features(), torch.tensor(5.0), torch.tensor(-4.0))
+
+
+def the_gated_residual() -> Inputs:
+    return (
+        lambda *inputs: gated_residual(*inputs).square().sum(),
+        (torch.randn(3, 8), torch.randn(3, 8), torch.tensor([0.5])),
+    )
+
+
+def the_patch_embed() -> Inputs:
+    return (
+        lambda pixels, weight, bias, position: patch_embed(pixels, weight, bias, position=position).square().sum(),
+        (torch.randn(2, 3, 8, 8), torch.randn(8, 3, 4, 4), torch.randn(8), torch.randn(4, 8)),
+    )
+
+
+def the_media_attention() -> Inputs:
+    last = torch.tensor([[0, 1, 1, 2, 2]])
+    return (
+        lambda q, k, v: media_attention(q, k, v, media_hi=last, tokens_per_media=3).square().sum(),
+        (torch.randn(1, 2, 5, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)),
+    )
+
+
+OPS = [the_info_nce, the_sigmoid_loss, the_gated_residual, the_patch_embed, the_media_attention]
+
+
+@pytest.fixture(params=["cpu", "torch"], autouse=True)
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("VLMFAST_BACKEND", request.param)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # vmap calls the op once per example
+        yield
+
+
+def every(inputs: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(range(len(inputs)))
+
+
+def by_autograd(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    return torch.autograd.grad(function(*leaves), leaves)
+
+
+@pytest.mark.parametrize("case", OPS)
+def test_grad(case: Case) -> None:
+    function, inputs = case()
+    gradients, value = torch.func.grad_and_value(function, every(inputs))(*inputs)
+    torch.testing.assert_close(value, function(*inputs))
+    torch.testing.assert_close(gradients, by_autograd(function, inputs))
+
+
+@pytest.mark.parametrize("case", OPS)
+def test_a_gradient_for_each_example(case: Case) -> None:
+    (function, one), (_, other) = case(), case()
+    stacked = tuple(torch.stack(pair) for pair in zip(one, other, strict=True))
+    found = torch.func.vmap(torch.func.grad(function, every(one)))(*stacked)
+    for gradient, *exact in zip(found, by_autograd(function, one), by_autograd(function, other), strict=True):
+        torch.testing.assert_close(gradient, torch.stack(exact))
+
+
+@pytest.mark.parametrize("case", OPS)
+def test_what_has_no_derivative_says_so(case: Case) -> None:
+    function, inputs = case()
+    first = torch.func.grad(function, every(inputs))
+
+    def second(*inputs: Tensor) -> Tensor:
+        return sum((gradient.square().sum() for gradient in first(*inputs)), torch.zeros(()))
+
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.func.grad(second)(*inputs)
+    for forward_mode in (function, first):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(forward_mode, inputs, inputs)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        function(*(forward_ad.make_dual(t, t) for t in inputs))
+
+
+def test_constants_under_forward_mode() -> None:
+    function, inputs = the_info_nce()
+    with forward_ad.dual_level():
+        assert torch.equal(function(*inputs), function(*inputs))
+        assert len(by_autograd(function, inputs)) == 3
+
+
+def test_levels_inside_of_a_gradient() -> None:
+    """What is constant to the inner transform is not to the outer one, and no_grad holds where it is written."""
+    image, text = features()
+    scale = torch.tensor(5.0)
+
+    def outer(image: Tensor) -> Tensor:
+        return torch.func.vmap(lambda scale: info_nce(image, text, scale))(torch.stack([scale, 2 * scale])).sum()
+
+    exact = by_autograd(lambda image: info_nce(image, text, scale) + info_nce(image, text, 2 * scale), (image,))
+    torch.testing.assert_close(torch.func.grad(outer)(image), exact[0])
+
+    @torch.no_grad()
+    def constant(image: Tensor) -> Tensor:
+        return info_nce(image, text, scale)
+
+    assert torch.equal(torch.func.grad(lambda image: constant(image) + image.sum())(image), torch.ones_like(image))
+
+
+def test_a_module_as_a_function_of_its_parameters() -> None:
+    class Tower(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.text, self.loss = torch.nn.Linear(5, 8), torch.nn.Linear(7, 8), ClipLoss()
+
+        def forward(self, image: Tensor, text: Tensor) -> Tensor:
+            out: Tensor = self.loss(self.image(image), self.text(text), torch.tensor(5.0))
+            return out
+
+    tower, image, text = Tower(), torch.randn(6, 5), torch.randn(6, 7)
+    parameters = {name: p.detach() for name, p in tower.named_parameters()}
+
+    def value(parameters: dict[str, Tensor]) -> Tensor:
+        out: Tensor = torch.func.functional_call(tower, parameters, (image, text))
+        return out
+
+    tower(image, text).backward()
+    torch.testing.assert_close(torch.func.grad(value)(parameters), {n: p.grad for n, p in tower.named_parameters()})
