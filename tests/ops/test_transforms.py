@@ -80,6 +80,12 @@ def test_grad(case: Case) -> None:
     torch.testing.assert_close(gradients, by_autograd(function, inputs))
 
 
+def test_jacobian() -> None:
+    residual, hidden, gate = torch.randn(3, 8), torch.randn(3, 8), torch.tensor([0.5])
+    found = torch.func.jacrev(gated_residual, (0, 1, 2))(residual, hidden, gate)
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(gated_residual, (residual, hidden, gate)))
+
+
 @pytest.mark.parametrize("case", OPS)
 def test_a_gradient_for_each_example(case: Case) -> None:
     (function, one), (_, other) = case(), case()
