@@ -7,19 +7,24 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from backends import use_backend
+from contrastive import pairs
+from media import qkv
+from numerics import loss_and_gradients
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.functional import normalize
 
 from vlmfast.nn import ClipLoss
 from vlmfast.ops import gated_residual, info_nce, media_attention, patch_embed, sigmoid_loss
+from vlmfast.ops.info_nce import IMPLS
 
 Inputs = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 Case = Callable[[], Inputs]
 
 
 def features() -> tuple[Tensor, Tensor]:
-    return normalize(torch.randn(6, 8), dim=1), normalize(torch.randn(6, 8), dim=1)
+    image, text = pairs(6, 8)
+    return image.float(), text.float()
 
 
 def the_info_nce() -> Inputs:
@@ -46,10 +51,8 @@ def the_patch_embed() -> Inputs:
 
 def the_media_attention() -> Inputs:
     last = torch.tensor([[0, 1, 1, 2, 2]])
-    return (
-        lambda q, k, v: media_attention(q, k, v, media_hi=last, tokens_per_media=3).square().sum(),
-        (torch.randn(1, 2, 5, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)),
-    )
+    q, k, v = (t.float() for t in qkv(1, 2, 2, 5, 6, 8))
+    return lambda q, k, v: media_attention(q, k, v, media_hi=last, tokens_per_media=3).square().sum(), (q, k, v)
 
 
 OPS = [the_info_nce, the_sigmoid_loss, the_gated_residual, the_patch_embed, the_media_attention]
@@ -57,7 +60,7 @@ OPS = [the_info_nce, the_sigmoid_loss, the_gated_residual, the_patch_embed, the_
 
 @pytest.fixture(params=["cpu", "torch"], autouse=True)
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("VLMFAST_BACKEND", request.param)
+    use_backend(monkeypatch, IMPLS, request.param)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # vmap calls the op once per example
         yield
@@ -68,8 +71,7 @@ def every(inputs: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 def by_autograd(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    return torch.autograd.grad(function(*leaves), leaves)
+    return tuple(gradient.float() for gradient in loss_and_gradients(function, inputs)[1:])
 
 
 @pytest.mark.parametrize("case", OPS)
@@ -110,6 +112,22 @@ def test_what_has_no_derivative_says_so(case: Case) -> None:
             torch.func.jvp(forward_mode, inputs, inputs)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
         function(*(forward_ad.make_dual(t, t) for t in inputs))
+
+
+@pytest.mark.parametrize("case", OPS)
+def test_compiled_and_exported(case: Case) -> None:
+    torch.compiler.reset()  # what was compiled for other ops counts against the same function of torch.func
+    function, inputs = case()
+    gradients = torch.func.grad(function, every(inputs))
+    fullgraph = function is not sigmoid_loss  # Dynamo does not tell it what requires a gradient, and breaks the graph
+    compiled = torch.compile(gradients, backend="aot_eager", fullgraph=fullgraph)(*inputs)
+    torch.testing.assert_close(compiled, gradients(*inputs))
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return function(*inputs)
+
+    torch.testing.assert_close(torch.export.export(Module(), inputs).module()(*inputs), function(*inputs))
 
 
 def test_constants_under_forward_mode() -> None:
