@@ -15,7 +15,7 @@ ALLOWED = {
     "ops": {"kernels", "_C"},
     "distributed": set(),
     "nn": {"ops", "distributed"},
-    "models": {"nn", "ops", "distributed"},
+    "models": {"nn", "ops", "distributed", "data"},
     "integrations": {"nn", "ops"},
     "data": set(),
     "training": {"data", "distributed", "ops"},

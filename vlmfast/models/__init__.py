@@ -1,1 +1,41 @@
-"""Model classes, one package per pretraining strategy and one file per model."""
+"""Models by name; each is one file. A line here is all that registers one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+MODELS = {
+    "clip": "vlmfast.models.contrastive.clip:CLIPModel",
+    "cloob": "vlmfast.models.contrastive.cloob:CLOOBModel",
+    "align": "vlmfast.models.contrastive.align:ALIGNModel",
+    "declip": "vlmfast.models.contrastive.declip:DeCLIPModel",
+    "lit": "vlmfast.models.contrastive.lit:LiTModel",
+    "siglip": "vlmfast.models.contrastive.siglip:SigLIPModel",
+}
+"""By the model_type of their configs: "module:Class"."""
+
+
+def model_class(name: str) -> Any:
+    """The class of a model: one of MODELS, or "package.module:Class" for one of your own.
+
+    Raises:
+        ValueError: there is no such model, module or class, or the class is not a `Pretrainable`.
+    """
+    from vlmfast.models.contract import Pretrainable
+
+    place = MODELS.get(name, name)
+    module, colon, attribute = place.partition(":")
+    if not colon:
+        raise ValueError(f"MODEL must be one of {', '.join(MODELS)}, or package.module:Class; got {name!r}")
+    try:
+        found = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if name in MODELS or error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # what the module imports is missing
+        raise ValueError(f"MODEL: no module named {error.name!r}, of {name!r}") from error
+    except AttributeError as error:
+        raise ValueError(f"MODEL: {module} has no class {attribute!r}") from error
+    if not (isinstance(found, type) and issubclass(found, Pretrainable)):
+        raise ValueError(f"MODEL: expected a class that extends Pretrainable, got {place}")
+    return found

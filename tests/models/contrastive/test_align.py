@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vlmfast.models.contrastive.align import ALIGNConfig, ALIGNModel
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
-from vlmfast.models.contrastive.towers import DropConnect
+from vlmfast.models.towers import DropConnect
 
 VOCAB, LENGTHS = 50, (12, 7, 3, 5, 9)
 VISION = {

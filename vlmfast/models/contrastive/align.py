@@ -39,7 +39,7 @@ from transformers import initialization as init
 
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
 from vlmfast.models.contrastive.gathered import Shards
-from vlmfast.models.contrastive.towers import small_bert, tower_width
+from vlmfast.models.towers import small_bert, tower_width
 
 MIN_TEMPERATURE = 0.01
 

@@ -49,7 +49,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from typing_extensions import Self
 
 from vlmfast.distributed import rank_and_world_size
-from vlmfast.models.contrastive.towers import (
+from vlmfast.models.towers import (
     CLIPTextModel,
     load_tower,
     new_tower,

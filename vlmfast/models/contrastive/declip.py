@@ -49,7 +49,7 @@ from vlmfast import distributed
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
 from vlmfast.models.contrastive.declip_parts import FeatureBank, predictor, projector, simsiam_loss
 from vlmfast.models.contrastive.gathered import Shards
-from vlmfast.models.contrastive.towers import CLIPTextModel, CLIPVisionModel
+from vlmfast.models.towers import CLIPTextModel, CLIPVisionModel
 from vlmfast.nn import ClipLoss
 
 NOT_MASKED = -100

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
-from vlmfast.models.contrastive.towers import small_bert, tower_width
+from vlmfast.models.towers import small_bert, tower_width
 
 
 class LiTConfig(CLIPConfig):

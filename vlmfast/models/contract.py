@@ -1,0 +1,305 @@
+"""What trainer, command line and tasks ask of a model. All that they know of a model is in the model's own file.
+
+A model is a class `XModel(Pretrainable, PreTrainedModel)`; `Pretrainable` comes first, so that its `train` is the one
+that is called. Its forward takes what its collator makes, as keyword arguments, and returns a ModelOutput with `loss`.
+
+Methods that only some models have are not here. Whoever wants one asks whether the model has it:
+
+    loss(**features)                    of the whole batch, from `model(**batch, return_loss=False)`; for --cache-chunk
+    frozen_features(**batch)            what a frozen part makes of a batch, as keyword arguments of forward that stand
+                                        for the inputs it has read; no gradient; --cache-features keeps them on disk
+    frozen_fingerprint()                a hash of what decides `frozen_features`
+    parameter_groups(lr, weight_decay)  for the optimizer, where layers have learning rates of their own
+    after_optimizer_step()              clamps
+    metrics()                           name -> float, logged beside the loss: temperature, gates
+
+and what tasks ask for, on batches that `collator(..., train=False)` makes; a task that has a question or a caption of
+its own puts it into `Sample.caption` first:
+
+    get_image_features(pixel_values), get_text_features(input_ids, attention_mask)     unit-norm (B, D)
+    match_scores(**batch)               (B,) log-probability that image and text belong together
+    generate(**batch, ...)              token ids (B, L) of what follows the prompt, without it, on batches of
+                                        `prompt_collator(options, tokenizer)`: `Sample.caption` is the prompt or ""
+    joint_features(**batch)             `JointFeatures`
+    phrase_scores(**batch)              (B, P, R), the score of each region for each phrase
+    detect(image, phrases=None)         boxes, scores, labels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from vlmfast.data import Collator, Transform, eval_transform, train_transform
+
+
+@dataclass
+class Options:
+    """The flags that every model has. A model's `Options` adds its own; their defaults make a small model for a CPU.
+
+    Field `image_size` is the flag --image-size. `metadata={"help": ...}` is what --help shows.
+    """
+
+    pretrained: str | None = field(default=None, metadata={"help": "Name or folder of a checkpoint to start from."})
+    config: str | None = field(default=None, metadata={"help": "A config.json, to train from scratch."})
+    config_overrides: list[str] | None = field(
+        default=None, metadata={"help": "Fields of the model's config as name=value; a value is JSON or else a string."}
+    )
+
+    new_model: ClassVar[tuple[str, ...]] = ()
+    """Fields that only say how a new model is made: beside --pretrained or --config they are an error."""
+    typed: ClassVar[frozenset[str]] = frozenset()
+    """Names that stood on the command line, which sets it on the object."""
+
+    def is_given(self, name: str) -> bool:
+        """Whether a field was asked for: typed on the command line, or another value than the default."""
+        default = next(f for f in dataclasses.fields(self) if f.name == name).default
+        return name in self.typed or getattr(self, name) != default
+
+    def refuse(self, names: Iterable[str], because: str) -> None:
+        """ValueError for the first of the fields that is given: it would be ignored.
+
+        Args:
+            names: of fields; those that this model's options do not have are passed over.
+            because: what makes them useless, such as "--pretrained, whose config decides".
+        """
+        own = {f.name for f in dataclasses.fields(self)}
+        for name in names:
+            if name in own and self.is_given(name):
+                raise ValueError(f"{flag(name)} {getattr(self, name)} has no effect beside {because}")
+
+    def tokenizer_source(self) -> str | None:
+        """Name or folder whose tokenizer is the default one; None for the bundled tokenizer."""
+        return self.pretrained
+
+
+@dataclass
+class ImageTextOptions(Options):
+    """Options of a model that reads images and texts."""
+
+    image_size: int = field(
+        default=64, metadata={"help": "Side of the images, pixels; a pretrained image tower may have its own."}
+    )
+    max_length: int = field(default=32, metadata={"help": "Tokens of a text at most, special tokens included."})
+    crop_scale: float = field(default=0.6, metadata={"help": "Least share of an image's area in a random crop."})
+    flip: float = field(default=0.0, metadata={"help": "Probability of a left-right flip."})
+    jitter: float = field(default=0.0, metadata={"help": "Strength of brightness, contrast and saturation jitter."})
+
+
+class JointFeatures(NamedTuple):
+    """What the heads of vqa, hateful and reasoning read; all float, of one width each.
+
+    Attributes:
+        pooled (B, D): what the paper's heads read.
+        text (B, L, D'), image (B, R, D''): of every token and every region or patch.
+        text_mask (B, L), image_mask (B, R): 1 where there is one; None when all are.
+    """
+
+    pooled: Tensor
+    text: Tensor
+    image: Tensor
+    text_mask: Tensor | None = None
+    image_mask: Tensor | None = None
+
+
+class Pretrainable:
+    """Mixin without state for every model; see the top of this file for the methods that are optional."""
+
+    Options: ClassVar[type[Options]] = Options
+    strategy: ClassVar[str] = ""
+    """contrastive, prefix, frozen prefix, fusion, masked, detection, no training."""
+    paper: ClassVar[str] = ""
+    """Authors, year and arXiv number."""
+    training_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Of TrainingArguments, where the paper wants others than `PretrainingArguments` has."""
+    special_tokens: ClassVar[Mapping[str, str]] = {}
+    """What the tokenizer must have, such as {"mask_token": "<|mask|>"}; added where it is missing."""
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """Names in vlmfast.tasks.TASKS; the first serves --eval-strategy."""
+    requires: ClassVar[tuple[str, ...]] = ("caption",)
+    """Fields of a sample's record without which it cannot be trained on."""
+
+    # What transformers' classes have, for type checkers.
+    config: Any
+    config_class: Any
+
+    @classmethod
+    def build(cls, options: Any, tokenizer: Any) -> Self:
+        """The model that the options ask for: a checkpoint, a config file, or a new one by `create`.
+
+        Args:
+            options: of the class `cls.Options`.
+            tokenizer: a transformers tokenizer that has `special_tokens`; None for a model that reads no text.
+        Raises:
+            ValueError: flags exclude each other or would be ignored, a field of the config is wrong, or the tokenizer
+                has more tokens than the model.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+
+        chosen = parse_overrides(cls.config_class, options.config_overrides or ())
+        if options.pretrained and options.config:
+            raise ValueError("--pretrained and --config exclude each other")
+        made = "--pretrained" if options.pretrained else "--config" if options.config else None
+        if made:
+            options.refuse(options.new_model, f"{made}, which says how the model is made")
+        try:
+            if options.pretrained:
+                model = cls.from_pretrained(existing(options.pretrained), **chosen)  # type: ignore[attr-defined]
+            elif options.config:
+                settings = json.loads(Path(options.config).read_text(encoding="utf-8"))
+                model = cls(cls.config_class.from_dict({**settings, **chosen}))  # type: ignore[call-arg]
+            else:
+                model = cls.create(options, tokenizer, **chosen)
+        except StrictDataclassError as error:  # neither a ValueError nor a TypeError
+            raise ValueError(" ".join(str(error).split())) from error
+        if tokenizer is not None:
+            model._fit_vocabulary(tokenizer)
+        return model
+
+    @classmethod
+    def create(cls, options: Any, tokenizer: Any, **overrides: Any) -> Self:
+        """A new model from the options, its towers new or pretrained ones.
+
+        Args:
+            options, tokenizer: as `build`.
+            overrides: fields of the config that have the last word.
+        """
+        raise NotImplementedError(f"{cls.__name__}.create")
+
+    def transform(self, options: Any, *, train: bool) -> Transform:
+        """Of images: size, and in training augmentation."""
+        side = self.image_size(options)
+        if not train:
+            return eval_transform(side)
+        return train_transform(side, scale=(options.crop_scale, 1.0), flip=options.flip, jitter=options.jitter)
+
+    def image_size(self, options: Any) -> int:
+        """The side of the images, pixels: the image tower's own, or --image-size where it has none.
+
+        Raises:
+            ValueError: --image-size is another than the tower's own.
+        """
+        vision = getattr(self.config, "vision_config", self.config)
+        own = getattr(vision, "image_size", None)
+        if own is None:
+            return int(options.image_size)
+        if options.is_given("image_size") and options.image_size != own:
+            raise ValueError(f"--image-size {options.image_size} has no effect: the image tower has its own, {own}")
+        return int(own)
+
+    def collator(self, options: Any, tokenizer: Any, *, train: bool) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+        """Samples to the keyword arguments of forward, and nothing else.
+
+        With train=False nothing is random, and the batch is one that the methods of tasks take.
+        """
+        return Collator(tokenizer, max_length=options.max_length)
+
+    def frozen_parts(self) -> Iterable[nn.Module]:
+        """Modules in eval mode and without gradient, hence in no optimizer, whatever mode the model is in."""
+        return ()
+
+    def freeze(self) -> None:
+        """Puts `frozen_parts` into that state; for the end of __init__. `train` repeats it, and from_pretrained calls
+        `eval` once it has made its parameters."""
+        for part in self.frozen_parts():
+            part.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module's, but `frozen_parts` stay as they are."""
+        super().train(mode)  # type: ignore[misc]
+        self.freeze()
+        return self
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has embeddings of."""
+        return int(getattr(self.config, "text_config", self.config).vocab_size)
+
+    @property
+    def max_text_length(self) -> int:
+        """Tokens of a text at most."""
+        return int(getattr(self.config, "text_config", self.config).max_position_embeddings)
+
+    def resize_vocabulary(self, size: int) -> None:
+        """Makes room for tokens at the end; what was there stays."""
+        self.resize_token_embeddings(size)  # type: ignore[attr-defined]
+
+    def _fit_vocabulary(self, tokenizer: Any) -> None:
+        """Room for this model's special tokens, where a pretrained part does not know them yet."""
+        before = self.vocabulary
+        if len(tokenizer) <= before:
+            return
+        new = {getattr(tokenizer, f"{name}_id") for name in self.special_tokens}
+        if not set(range(before, len(tokenizer))) <= new:
+            raise ValueError(f"--tokenizer has {len(tokenizer)} tokens, more than the {before} of the text tower")
+        self.resize_vocabulary(len(tokenizer))
+
+
+def flag(name: str) -> str:
+    """image_size -> --image-size"""
+    return f"--{name.replace('_', '-')}"
+
+
+def settings(config_class: Any) -> list[str]:
+    """Names of what a config class has beside PreTrainedConfig's fields and the configs of towers."""
+    from transformers import PreTrainedConfig
+
+    if hasattr(config_class, "settings"):
+        return sorted(config_class.settings())
+    common = {*signature(PreTrainedConfig.__init__).parameters, *vars(PreTrainedConfig())}
+    towers = set(getattr(config_class, "sub_configs", None) or ())
+    own = {
+        name
+        for parent in config_class.__mro__
+        if issubclass(parent, PreTrainedConfig) and parent is not PreTrainedConfig
+        for name in signature(parent.__init__).parameters
+    }
+    return sorted(own - common - towers - {"kwargs", "args"})
+
+
+def parse_overrides(config_class: Any, overrides: Sequence[str]) -> dict[str, Any]:
+    """Fields of a config by name, from name=value; a value is JSON, or else a string.
+
+    Raises:
+        ValueError: there is no "=", or config_class has no such field, a tower's config not being one.
+    """
+    names = settings(config_class) if overrides else []
+    found: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or name not in names:
+            raise ValueError(f"--config-overrides: expected name=value of {', '.join(names)}; got {override!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def existing(checkpoint: str) -> str:
+    """What can only be a path is looked for here; owner/name may also be on a hub, where transformers looks."""
+    path = Path(checkpoint)
+    only_a_path = path.exists() or path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1
+    if only_a_path and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{checkpoint} is not the folder of a checkpoint: it has no config.json")
+    return checkpoint
+
+
+def fingerprint(settings: Mapping[str, Any], *modules: nn.Module) -> str:
+    """A hash of settings and of the weights of modules, for `frozen_fingerprint`."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for module in modules:
+        for name, weight in module.state_dict().items():
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
