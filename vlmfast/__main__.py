@@ -1,3 +1,3 @@
-from vlmfast.cli import main
+from vlmfast.cli import program
 
-raise SystemExit(main())
+raise SystemExit(program())

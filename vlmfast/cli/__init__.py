@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import traceback
@@ -22,6 +23,21 @@ FINDINGS = ("bench", "doctor")
 """Commands whose exit code 1 is a finding; their errors are 2."""
 EXTRAS = {"bench": "bench"}
 """The extra that a command's optional packages are of, where it is not `train`."""
+
+
+END_SECONDS = 30
+"""What the interpreter may take to exit once a command has returned or failed."""
+
+
+def program() -> int:
+    """The program's entry: `main`, and a process that ends soon after it, whatever threads or children are left."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("vlmfast: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        faulthandler.dump_traceback_later(END_SECONDS, exit=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,12 +64,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         extra = EXTRAS.get(command, "train")
         print(f"vlmfast {command}: {error.name} is not installed; pip install 'vlmfast[{extra}]'", file=sys.stderr)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("VLMFAST_TRACEBACK") == "1":
             raise
-        print(f"vlmfast {command}: {error}", file=sys.stderr)
+        print(f"vlmfast {command}: {_message(error)}", file=sys.stderr)
     except Exception:
         if command not in FINDINGS or os.environ.get("VLMFAST_TRACEBACK") == "1":
             raise
         traceback.print_exc()
     return 2 if command in FINDINGS else 1
+
+
+def _message(error: Exception) -> str:
+    """The error's own words; torch puts the whole traceback of a data worker before them."""
+    text = str(error)
+    if "\nOriginal Traceback " not in text:
+        return text
+    lines = text.splitlines()
+    last = max(number for number, line in enumerate(lines) if line.startswith("  "))
+    return "\n".join(lines[last + 1 :]).partition(": ")[2]

@@ -60,7 +60,6 @@ def run(arguments: Sequence[str]) -> int:
 
     from vlmfast.data import load_tokenizer
     from vlmfast.training import PretrainingArguments, PretrainingTrainer, last_checkpoint
-    from vlmfast.training.callbacks import StopOnSignal
 
     parser = HfArgumentParser((ModelArguments, DataArguments, PretrainingArguments), prog="vlmfast train")
     model_args, data_args, args = parser.parse_args_into_dataclasses(list(arguments))
@@ -109,7 +108,7 @@ def run(arguments: Sequence[str]) -> int:
     if trainer.is_world_process_zero():
         print(f"skipped: {skipped or 'nothing'}")
 
-    received = next(c.received for c in trainer.callback_handler.callbacks if isinstance(c, StopOnSignal))
+    received = trainer.stop.received
     if received is not None:
         name = signal.Signals(received).name
         if trainer.is_world_process_zero():

@@ -1,15 +1,9 @@
-"""Trainer callbacks: progress bar, order of the data, the model's own hook, and signals that ask for a checkpoint."""
+"""Trainer callbacks: progress bar, order of the data, the model's own hook."""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from types import FrameType
 from typing import Any
 
-import torch
-from torch import distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -65,43 +59,3 @@ class ModelHooks(TrainerCallback):
         hook = getattr(model, "after_optimizer_step", None)
         if hook is not None:
             hook()
-
-
-class StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM finish the step, save a checkpoint and stop; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.process = os.getpid()
-        self.previous: dict[int, Any] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.received, self.process = None, os.getpid()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a data worker that inherited the handler: its batches are still wanted
-            return
-        self.received = number
-        tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint at the end of this step, then stopping")
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous = {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stop = self.received is not None
-        if dist.is_available() and dist.is_initialized():  # all ranks stop after the same step, or none does
-            flag = torch.tensor(int(stop), device=args.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            stop = bool(flag)
-        if stop:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._restore()

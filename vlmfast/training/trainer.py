@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from vlmfast.data import EpochSampler
 from vlmfast.training import grad_cache
-from vlmfast.training.callbacks import ModelHooks, Progress, SetEpoch, StopOnSignal
-from vlmfast.training.workers import guard_workers
+from vlmfast.training.callbacks import ModelHooks, Progress, SetEpoch
+from vlmfast.training.signals import StopOnSignal
+from vlmfast.training.workers import end_workers, guard_workers
 
 
 @dataclass
@@ -56,6 +60,10 @@ class PretrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            # transformers would, without the timeout
+            timeout = timedelta(seconds=float(self.ddp_timeout))
+            dist.init_process_group(self.ddp_backend or "gloo", timeout=timeout)
         super().__post_init__()
         if self.cache_chunk is not None and self.cache_chunk < 1:
             raise ValueError(f"cache_chunk must be at least 1; got {self.cache_chunk}")
@@ -93,8 +101,17 @@ class PretrainingTrainer(Trainer):
         self._last_log: tuple[int, float] | None = None
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
-        for callback in (Progress(), SetEpoch(self), ModelHooks(), StopOnSignal()):
+        self.stop = StopOnSignal()
+        for callback in (Progress(), SetEpoch(self), ModelHooks(), self.stop):
             self.add_callback(callback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' train; whatever ends it, the data workers are gone afterwards."""
+        with self.stop:
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                end_workers()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but gains, biases and logit_scale, which have fewer than two dimensions (Radford et al. 2021, 2.5)."""
