@@ -46,7 +46,7 @@ def worker_context(method: str | None = None) -> BaseContext:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    context = copy.copy(multiprocessing.get_context(method))
+    context: Any = copy.copy(multiprocessing.get_context(method))
     make = context.Process
 
     def process(*args: Any, **options: Any) -> BaseProcess:
@@ -54,8 +54,9 @@ def worker_context(method: str | None = None) -> BaseContext:
         _started.add(worker)
         return worker
 
-    context.Process = process  # type: ignore[misc, assignment]
-    return context
+    context.Process = process
+    found: BaseContext = context
+    return found
 
 
 def guard_workers(loader: DataLoader[Any]) -> None:
