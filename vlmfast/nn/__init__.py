@@ -8,6 +8,7 @@ from vlmfast.nn._stem import reason_not_eligible
 from vlmfast.nn.clip_loss import ClipLoss
 from vlmfast.nn.fiber import ImageToTextFusion, TextToImageFusion
 from vlmfast.nn.gated_cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, MediaCache
+from vlmfast.nn.linear_cross_entropy import LinearCrossEntropy, language_model_loss
 from vlmfast.nn.patch_dropout import PatchDropout
 from vlmfast.nn.patch_embed import PatchEmbed
 from vlmfast.nn.perceiver_resampler import PerceiverAttention, PerceiverResampler
@@ -19,6 +20,7 @@ __all__ = [
     "ClipLoss",
     "GatedCrossAttentionBlock",
     "ImageToTextFusion",
+    "LinearCrossEntropy",
     "MaskedCrossAttention",
     "MediaCache",
     "PatchDropout",
@@ -30,5 +32,6 @@ __all__ = [
     "TextToImageFusion",
     "interpolate_position",
     "interpolate_position_per_image",
+    "language_model_loss",
     "reason_not_eligible",
 ]
