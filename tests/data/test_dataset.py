@@ -200,25 +200,51 @@ def test_keywords_is_a_probability(write_tar, png, keywords):
         ImageTextDataset(write_tar("a.tar", {}), transform=train_transform(8), keywords=keywords)
 
 
-def test_the_fingerprint_is_of_keys_and_images(write_tar, png, tmp_path):
+def test_the_image_fingerprint_is_of_keys_and_images(write_tar, png, tmp_path):
     members = {f"{n}.{kind}": png(n) if kind == "png" else b"x" for n in range(3) for kind in ("png", "txt")}
 
     def fingerprint(**changes):
-        return ImageTextDataset(write_tar("a.tar", {**members, **changes}), transform=eval_transform(8)).fingerprint()
+        return ImageTextDataset(
+            write_tar("a.tar", {**members, **changes}), transform=eval_transform(8)
+        ).image_fingerprint()
 
     same = fingerprint()
     assert fingerprint(**{"1.txt": b"another caption"}) == same
     assert fingerprint(**{"1.png": png(7)}) != same
     assert fingerprint(**{"1.png": png(1) + b"\0"}) != same
     renamed = {name.replace("2.", "4."): data for name, data in members.items()}
-    assert ImageTextDataset(write_tar("b.tar", renamed), transform=eval_transform(8)).fingerprint() != same
+    assert ImageTextDataset(write_tar("b.tar", renamed), transform=eval_transform(8)).image_fingerprint() != same
     for name, data in members.items():
         (tmp_path / name).write_bytes(data)
-    assert ImageTextDataset(str(tmp_path), transform=eval_transform(8)).fingerprint() == same
+    assert ImageTextDataset(str(tmp_path), transform=eval_transform(8)).image_fingerprint() == same
     (tmp_path / "pairs.csv").write_text("path,caption\n0.png,x\n1.png,x\n2.png,x\n")
     table = ImageTextDataset(str(tmp_path / "pairs.csv"), transform=eval_transform(8))
     assert (
-        table.fingerprint() == ImageTextDataset(str(tmp_path / "pairs.csv"), transform=eval_transform(4)).fingerprint()
+        table.image_fingerprint()
+        == ImageTextDataset(str(tmp_path / "pairs.csv"), transform=eval_transform(4)).image_fingerprint()
     )
     (tmp_path / "1.png").write_bytes(png(5))
-    assert table.fingerprint() != same
+    assert table.image_fingerprint() != same
+
+
+def test_the_fingerprint_is_of_names_sizes_and_contents(write_tar, png, tmp_path):
+    members = [{f"{n}.png": png(n), f"{n}.txt": b"x", f"{n}.json": b'{"label": 1}'} for n in range(3)]
+    paths = [write_tar(f"s{n}.tar", shard) for n, shard in enumerate(members)]
+
+    def fingerprint(paths):
+        return ImageTextDataset(paths, transform=eval_transform(8)).fingerprint()
+
+    same = fingerprint(paths)
+    assert fingerprint(paths) == same
+    assert fingerprint(paths[:2]) != same
+    assert fingerprint([paths[1], paths[0], paths[2]]) != same
+    for name, data in (("1.txt", b"y"), ("1.json", b'{"label": 2}'), ("1.png", png(1)[:-1] + b"?")):
+        write_tar("s1.tar", {**members[1], name: data})
+        assert fingerprint(paths) != same, name
+    write_tar("s1.tar", members[1])
+    assert fingerprint(paths) == same
+    (tmp_path / "elsewhere").mkdir()
+    moved = [str((tmp_path / f"s{n}.tar").rename(tmp_path / "elsewhere" / f"s{n}.tar")) for n in range(3)]
+    assert fingerprint(moved) == same
+    (tmp_path / "elsewhere" / "s2.tar").rename(tmp_path / "elsewhere" / "t2.tar")
+    assert fingerprint([*moved[:2], tmp_path / "elsewhere" / "t2.tar"]) != same

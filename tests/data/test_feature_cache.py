@@ -127,15 +127,16 @@ def test_killed_while_it_writes_a_block(path, tmp_path):
     """What a killed run leaves of a block under another name is no block."""
     program = f"""
         import os, signal, torch
+        import numpy as np
         from vlmfast.data import ImageTextDataset, cache_features, eval_transform, feature_cache
         feature_cache.BLOCK_ROWS = 4
-        save = feature_cache.np.save
+        save = np.save
         def save_half(file, array):
             save(file, array)
             if file.name.endswith("000001.part"):
                 file.truncate(100)
                 os.kill(os.getpid(), signal.SIGKILL)
-        feature_cache.np.save = save_half
+        np.save = save_half
         dataset = ImageTextDataset({path!r}, transform=eval_transform({SIDE}))
         cache_features({str(tmp_path / "c")!r}, dataset, lambda pixels: pixels[:, 0, 0].float(), "m")
     """

@@ -17,7 +17,7 @@ from vlmfast.data import (
     moco_transform,
     two_views,
 )
-from vlmfast.data.views import NOT_MASKED
+from vlmfast.data.masking import NOT_MASKED
 
 PAD, BOS, EOS, MASK = 0, 1, 2, 3
 WORDS = "abcdefghijklmnopqrstuvwxyz"

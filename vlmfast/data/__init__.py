@@ -1,15 +1,16 @@
-"""Image-text pairs: tar shards, tables and folders, to batches of uint8 pixels and token ids.
+"""Images with text: tar shards, tables and folders, to batches of uint8 pixels, features and token ids.
 
 Imports torch, numpy and PIL only; transformers is imported by `load_tokenizer`.
 """
 
 from vlmfast.data.dataset import ImageTextDataset, Sample
 from vlmfast.data.eda import EDA, read_synonyms
-from vlmfast.data.feature_cache import FeatureCache, cache_features
+from vlmfast.data.feature_cache import FeatureCache, cache_features, open_features
+from vlmfast.data.masking import TokenMask, word_numbers
 from vlmfast.data.sampler import EpochSampler
-from vlmfast.data.text import Collator, load_tokenizer
+from vlmfast.data.text import Collator, load_tokenizer, pad_features
 from vlmfast.data.transforms import Transform, eval_transform, moco_transform, train_transform, two_views
-from vlmfast.data.views import TokenMask, TwoViewCollator
+from vlmfast.data.views import TwoViewCollator
 
 __all__ = [
     "EDA",
@@ -25,7 +26,10 @@ __all__ = [
     "eval_transform",
     "load_tokenizer",
     "moco_transform",
+    "open_features",
+    "pad_features",
     "read_synonyms",
     "train_transform",
     "two_views",
+    "word_numbers",
 ]

@@ -1,31 +1,40 @@
-"""Features of a locked tower, computed once for every pair and kept on disk."""
+"""What a frozen part of a model makes of every image, computed once and kept on disk."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vlmfast.data import feature_blocks
 from vlmfast.data.dataset import ImageTextDataset
+from vlmfast.data.feature_blocks import Block, Item
 
 IDENTITY = "identity.json"
 BLOCK_ROWS = 4096
 
+# What `encode` gives for B images: a tensor (B, ...), or by name a tensor (B, ...) or B tensors (R_i, ...).
+Encoded = Tensor | Mapping[str, Tensor | Sequence[Tensor]]
 
-class FeatureCache(Sequence[Tensor | None]):
-    """A folder of float32 features (N, D): item i is what belongs to pair i of a dataset, None where nothing does.
 
-    Rows are in files of BLOCK_ROWS, each written under another name, synchronised and renamed: a block is there
-    completely or not at all, and a run that was killed goes on with the next one. `identity.json` says what the
-    features are of; a folder with another identity is refused, never reused or overwritten.
+class FeatureCache(Sequence[Item]):
+    """A folder of features: item i is what `encode` gave for sample i of a dataset, None where nothing could be read.
+
+    An item is a tensor or a dict of tensors, which may have another number of rows in each sample. A dict keeps its
+    dtypes, bfloat16 becoming float32; a tensor alone is float32.
+
+    Items are in files of BLOCK_ROWS, each written under another name, synchronised and renamed: a block is there
+    completely or not at all, and a run that was killed goes on with the next one. Reading maps the files into memory.
+    `identity.json` says what the features are of; a folder with another identity is refused, never reused or
+    overwritten.
 
     Args:
         folder: made when missing.
@@ -39,7 +48,7 @@ class FeatureCache(Sequence[Tensor | None]):
         self.folder = Path(folder)
         self.num_pairs = num_pairs
         self.block_rows = BLOCK_ROWS
-        self._open: dict[int, np.ndarray] = {}
+        self._open: dict[int, Block] = {}
         self._claim({**identity, "pairs": str(num_pairs), "rows per file": str(BLOCK_ROWS)})
 
     def __len__(self) -> int:
@@ -51,28 +60,44 @@ class FeatureCache(Sequence[Tensor | None]):
         block, row = divmod(index, self.block_rows)
         if block not in self._open:
             try:
-                self._open[block] = np.load(self._path(block), mmap_mode="r")
+                self._open[block] = Block(self._path(block))
             except FileNotFoundError as error:
                 raise ValueError(f"{self.folder} lacks {error.filename}: the cache is not complete") from error
-        features = torch.from_numpy(self._open[block][row].copy())
-        return None if not features.numel() or features[0].isnan() else features
+        return self._open[block][row]
 
-    def missing(self) -> list[int]:
-        """Numbers of the blocks that are not there yet."""
-        blocks = -(-self.num_pairs // self.block_rows)
-        return [block for block in range(blocks) if not self._path(block).exists()]
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Numbers of the blocks of a process that are not there, or are damaged: a warning names each of those.
+
+        Cost: every file of these blocks is read, for its checksum.
+        """
+        found = []
+        for block in range(rank, -(-self.num_pairs // self.block_rows), world_size):
+            path = self._path(block)
+            if not path.exists():
+                found.append(block)
+            elif damage := feature_blocks.damage(path):
+                warnings.warn(f"{path} is damaged ({damage}); it is made again", stacklevel=2)
+                self._open.pop(block, None)
+                found.append(block)
+        return found
 
     def rows(self, block: int) -> range:
-        """Indices of the pairs of a block."""
+        """Indices of the samples of a block."""
         return range(block * self.block_rows, min((block + 1) * self.block_rows, self.num_pairs))
 
-    def write(self, block: int, features: Tensor) -> None:
-        """Put a block's features (rows, D) in place; a row of NaN, or of nothing, stands for None."""
-        if features.dim() != 2 or len(features) != len(self.rows(block)):
-            raise ValueError(f"features: expected {len(self.rows(block))} rows, got {tuple(features.shape)}")
-        with open(self._path(block).with_suffix(".part"), "wb") as file:
-            np.save(file, features.detach().float().cpu().numpy())
+    def write(self, block: int, items: Sequence[Item]) -> None:
+        """Put a block's items, one a row, in place.
+
+        Raises:
+            ValueError: there are too few or too many, they differ in kind, names, dtypes or trailing dimensions.
+        """
+        if len(items) != len(self.rows(block)):
+            shape = tuple(items.shape) if isinstance(items, Tensor) else len(items)
+            raise ValueError(f"features: expected {len(self.rows(block))} rows, got {shape}")
+        with open(self._path(block).with_suffix(".part"), "w+b") as file:
+            feature_blocks.write(file, items)
             _replace(file, self._path(block))
+        self._open.pop(block, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a pickled copy maps the files itself
@@ -92,7 +117,7 @@ class FeatureCache(Sequence[Tensor | None]):
                 json.dump(identity, file, indent=2)
                 _replace(file, path)
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _identity(path)
         changed = [
             f"{name} was {before.get(name)!r} and is {identity.get(name)!r}"
             for name in sorted(before.keys() | identity.keys())
@@ -105,10 +130,29 @@ class FeatureCache(Sequence[Tensor | None]):
             )
 
 
+def open_features(folder: str | os.PathLike[str], dataset: ImageTextDataset) -> FeatureCache:
+    """The complete cache in a folder, whatever model and transform made it, if it is of this dataset's images.
+
+    Raises:
+        ValueError: the folder is no cache, is of other images, or is not complete.
+    """
+    path = Path(folder) / IDENTITY
+    if not path.exists():
+        raise ValueError(f"{folder} is no feature cache: it holds no {IDENTITY}")
+    before = _identity(path)
+    identity = {**before, "data": dataset.image_fingerprint()}
+    for name in ("pairs", "rows per file"):
+        identity.pop(name, None)
+    cache = FeatureCache(folder, identity, len(dataset))
+    if missing := cache.missing():
+        raise ValueError(f"{folder} lacks {cache._path(missing[0])}: the cache is not complete")
+    return cache
+
+
 def cache_features(
     folder: str | os.PathLike[str],
     dataset: ImageTextDataset,
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Any], Encoded],
     model: str,
     *,
     batch_size: int = 256,
@@ -125,7 +169,8 @@ def cache_features(
     Args:
         folder: of the cache.
         dataset: its transform must not draw random numbers.
-        encode: pixels uint8 (B, H, W, 3) to features (B, D); called without gradients.
+        encode: pixels uint8 (B, H, W, 3), or a list of B where the transform gives several sizes, to a tensor (B, ...),
+            or to a dict of tensors (B, ...) or of B tensors (R_i, ...) each; called without gradients.
         model: a fingerprint of what `encode` computes.
         batch_size: images per call.
         num_workers: processes that read and decode; 0 reads in this one.
@@ -133,11 +178,11 @@ def cache_features(
         progress: called with the numbers of blocks done and to do by this process.
     Raises:
         ValueError: the folder holds features of another model, dataset or transform, the transform is random, or a
-            feature is not finite.
+            feature is not finite or not one a sample.
     """
-    identity = {"model": model, "data": dataset.fingerprint(), "transform": repr(dataset.transform)}
+    identity = {"model": model, "data": dataset.image_fingerprint(), "transform": repr(dataset.transform)}
     cache = FeatureCache(folder, identity, len(dataset))
-    mine = [block for block in cache.missing() if block % world_size == rank]
+    mine = cache.missing(rank, world_size)
     batches = {
         block: [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
         for block, rows in ((block, cache.rows(block)) for block in mine)
@@ -151,21 +196,37 @@ def cache_features(
     arriving = iter(loader)
     for done, block in enumerate(mine):
         progress(done, len(mine))
-        rows, features = [], []
+        rows = cache.rows(block)
+        items: list[Item] = [None] * len(rows)
         for _ in batches[block]:
             indices, pixels = next(arriving)
             if indices:
                 with torch.no_grad():
-                    features.append(encode(torch.stack(pixels)).float().cpu())
-                rows += [index - cache.rows(block).start for index in indices]
-        found = torch.cat(features) if features else torch.empty(0, 0)
-        if not found.isfinite().all():
-            raise ValueError(f"encode: expected finite features, got NaN or infinity among pairs {cache.rows(block)}")
-        whole = found.new_full((len(cache.rows(block)), found.shape[1]), torch.nan)
-        whole[rows] = found
-        cache.write(block, whole)
+                    encoded = encode(_together(pixels))
+                for index, item in zip(indices, _items(encoded, len(indices), rows), strict=True):
+                    items[index - rows.start] = item
+        cache.write(block, items)
     progress(len(mine), len(mine))
     return cache
+
+
+def _together(pixels: list[Tensor]) -> Tensor | list[Tensor]:
+    return torch.stack(pixels) if len({image.shape for image in pixels}) == 1 else pixels
+
+
+def _items(encoded: Encoded, count: int, rows: range) -> list[Item]:
+    """What `encode` gave, sample by sample, on the CPU."""
+    named = encoded if isinstance(encoded, Mapping) else {"": encoded.float()}
+    columns: dict[str, list[Tensor]] = {}
+    for name, values in named.items():
+        if len(values) != count:
+            raise ValueError(f"encode: expected {count} rows of {name or 'features'!r}, got {len(values)}")
+        columns[name] = list(values.cpu() if isinstance(values, Tensor) else (value.cpu() for value in values))
+        if not all(value.isfinite().all() for value in columns[name]):
+            raise ValueError(f"encode: expected finite features, got NaN or infinity among pairs {rows}")
+    if not isinstance(encoded, Mapping):
+        return list(columns[""])
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 class _Images(Dataset[tuple[int, Tensor | None]]):
@@ -186,6 +247,16 @@ class _NoRandomness:
 def _readable(items: list[tuple[int, Tensor | None]]) -> tuple[list[int], list[Tensor]]:
     kept = [(index, pixels) for index, pixels in items if pixels is not None]
     return [index for index, _ in kept], [pixels for _, pixels in kept]
+
+
+def _identity(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} to have it made again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (no JSON object); delete {path.parent} to have it made again")
+    return found
 
 
 def _replace(file: IO[Any], path: Path) -> None:

@@ -19,9 +19,9 @@ BUNDLED = Path(__file__).parent / "tokenizer"
 class Collator:
     """A list of samples to one batch; skipped samples (None) are left out.
 
-    The batch is the model's keyword arguments and nothing else: the samples' images, as a rule `pixel_values` uint8
-    (B, H, W, 3), `input_ids` int64 (B, L) and `attention_mask` int64 (B, L), where L is the longest caption of the
-    batch and at most `max_length`.
+    The batch is the model's keyword arguments and nothing else: the samples' images, where they have any, as a rule
+    `pixel_values` uint8 (B, H, W, 3); their features (B, ...), each under its own name; `input_ids` int64 (B, L) and
+    `attention_mask` int64 (B, L), where L is the longest caption of the batch and at most `max_length`.
     What a longer caption loses are text tokens: the special tokens that the tokenizer adds, such as the end token
     whose position text towers pool, stay.
 
@@ -31,7 +31,7 @@ class Collator:
         images: the model's name for the images; "locked_features" where the dataset's `features` stand for them.
     Raises:
         ValueError: the tokenizer has no padding token; max_length leaves no room for a text token; in a call, when
-            every sample of the batch was skipped.
+            every sample of the batch was skipped, or a feature has another shape in each, see `pad_features`.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, images: str = "pixel_values") -> None:
@@ -46,10 +46,11 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
         kept = usable(samples)
-        return {
-            self.images: torch.stack([sample.image for sample in kept]),
-            **self.tokens([sample.caption for sample in kept]),
-        }
+        batch = {name: _stacked(kept, name) for name in kept[0].features or {}}
+        images = [sample.image for sample in kept if sample.image is not None]
+        if images:
+            batch[self.images] = torch.stack(images)
+        return batch | self.tokens([sample.caption for sample in kept])
 
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` of the captions, padded to the longest."""
@@ -72,6 +73,37 @@ def usable(samples: Sequence[Sample | None]) -> list[Sample]:
             f"samples: all {len(samples)} of the batch were skipped; expected a usable one, see `dataset.skipped()`"
         )
     return kept
+
+
+def pad_features(samples: Sequence[Sample], name: str) -> tuple[Tensor, Tensor]:
+    """Features with a different number of rows in each sample, as one tensor.
+
+    Args:
+        samples: B samples whose `features[name]` is (R_i, ...).
+    Returns:
+        features (B, R, ...), R the largest R_i, zeros behind the rows of a sample; and a mask bool (B, R), True where
+        there is a row.
+    Raises:
+        ValueError: a sample lacks the feature.
+    """
+    rows = [_feature(sample, name) for sample in samples]
+    mask = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.bool)
+    for present, own in zip(mask, rows, strict=True):
+        present[: len(own)] = True
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask
+
+
+def _stacked(samples: Sequence[Sample], name: str) -> Tensor:
+    rows = [_feature(sample, name) for sample in samples]
+    if len(shapes := {tuple(row.shape) for row in rows}) > 1:
+        raise ValueError(f"features: expected {name!r} of one shape, got {sorted(shapes)}; see pad_features")
+    return torch.stack(rows)
+
+
+def _feature(sample: Sample, name: str) -> Tensor:
+    if sample.features is None or name not in sample.features:
+        raise ValueError(f"features: expected {name!r} of sample {sample.key!r}, got {list(sample.features or {})}")
+    return sample.features[name]
 
 
 def load_tokenizer(name_or_path: str | PathLike[str] | None = None) -> "PreTrainedTokenizerBase":

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from vlmfast.data.dataset import Sample
+from vlmfast.data.masking import TokenMask
 from vlmfast.data.text import Collator, usable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NOT_MASKED = -100
 
 
 class TwoViewCollator:
@@ -49,8 +48,9 @@ class TwoViewCollator:
 
     def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
         kept = usable(samples)
-        if kept[0].image.dim() != 4 or len(kept[0].image) != 2:
-            shape = tuple(kept[0].image.shape)
+        images = [sample.image for sample in kept if sample.image is not None]
+        if len(images) < len(kept) or images[0].dim() != 4 or len(images[0]) != 2:
+            shape = tuple(images[0].shape) if images else None
             raise ValueError(f"samples: expected images of shape (2, H, W, 3), as two_views gives them, got {shape}")
         generators = [np.random.default_rng(sample.seed) for sample in kept]
         captions = [sample.caption for sample in kept]
@@ -60,48 +60,8 @@ class TwoViewCollator:
         masked = [self.mask(*pair) for pair in zip(ids, generators, strict=True)]
         first, labels = (torch.from_numpy(np.stack(rows)) for rows in zip(*masked, strict=True))
         return {
-            "pixel_values": torch.stack([sample.image for sample in kept]),
+            "pixel_values": torch.stack(images),
             "input_ids": torch.stack([first, torch.from_numpy(second)], 1),
             "attention_mask": tokens["attention_mask"].unflatten(0, (2, -1)).transpose(0, 1).contiguous(),
             "mlm_labels": labels,
         }
-
-
-class TokenMask:
-    """BERT's masking: of the tokens chosen, 80 % become the mask token, 10 % a random one and 10 % stay.
-
-    Special tokens are neither chosen nor drawn: a random end-of-text token would move where text towers pool.
-
-    Args:
-        tokenizer: a transformers tokenizer with a mask token.
-        probability: of a token to be chosen.
-    Raises:
-        ValueError: the tokenizer has no mask token; probability is not in [0, 1].
-    Source: Devlin et al. 2019 (1810.04805), section 3.1.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float) -> None:
-        if tokenizer.mask_token_id is None:
-            raise ValueError(
-                "tokenizer: expected one with a mask token, got mask_token None; "
-                "tokenizer.add_special_tokens({'mask_token': '<|mask|>'}) adds one, at the end of the vocabulary"
-            )
-        if not 0 <= probability <= 1:
-            raise ValueError(f"mask_probability: expected a probability, got {probability}")
-        self.probability = probability
-        self.mask_token_id = tokenizer.mask_token_id
-        self.ordinary = np.ones(len(tokenizer), dtype=np.bool_)
-        self.ordinary[tokenizer.all_special_ids] = False
-        self.choices = np.flatnonzero(self.ordinary)
-
-    def __call__(self, ids: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """ids (L,) to masked ids and labels (L,), the latter -100 where nothing is to be predicted."""
-        places = np.flatnonzero(self.ordinary[ids])  # not padding, so a caption's draws do not depend on its batch
-        chosen, fate, other = generator.random((3, len(places)))
-        masked, labels = ids.copy(), np.full_like(ids, NOT_MASKED)
-        predicted = chosen < self.probability
-        labels[places[predicted]] = ids[places[predicted]]
-        masked[places[predicted & (fate < 0.8)]] = self.mask_token_id
-        replaced = predicted & (fate >= 0.8) & (fate < 0.9)
-        masked[places[replaced]] = self.choices[(other[replaced] * len(self.choices)).astype(np.int64)]
-        return masked, labels
