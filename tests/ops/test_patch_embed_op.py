@@ -12,7 +12,7 @@ from torch import Tensor
 import vlmfast
 from vlmfast.ops import patch_embed, patch_embed_packed
 from vlmfast.ops._dispatch import core
-from vlmfast.ops.patch_embed import IMPLS, _forward_op, _scatter_op, reference
+from vlmfast.ops.patch_embed import IMPLS, reference
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -99,7 +99,7 @@ def test_no_memory_is_read_before_it_is_written(backend: str, threads: int, dtyp
 
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
 def test_opcheck(backend: str, pixels: torch.dtype) -> None:
-    torch.library.opcheck(_forward_op, flat(arguments(pixels)))
+    torch.library.opcheck(torch.ops.vlmfast.patch_embed_forward.default, flat(arguments(pixels)))
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -108,7 +108,9 @@ def test_opcheck_of_the_scatter(backend: str, dtype: torch.dtype, kept: bool) ->
     """2 x 3 patches of 3 x 4 x 4 entries, the last ones beyond the image."""
     keep = arguments()["keep"] if kept else None
     rows = torch.randn(2, 4 if kept else 6, 48).to(dtype)
-    torch.library.opcheck(_scatter_op, (rows, keep, [3, 4, 4], [7, 10], list(STD), torch.float32))
+    torch.library.opcheck(
+        torch.ops.vlmfast.patch_embed_scatter.default, (rows, keep, [3, 4, 4], [7, 10], list(STD), torch.float32)
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -8,54 +8,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from backends import use_backend
-from contrastive import pairs
-from media import qkv
 from numerics import loss_and_gradients
 from torch import Tensor
 from torch.autograd import forward_ad
+from transforms import OPS, Case, features, the_info_nce
 
 from vlmfast.nn import ClipLoss
-from vlmfast.ops import gated_residual, info_nce, media_attention, patch_embed, sigmoid_loss
+from vlmfast.ops import gated_residual, info_nce, sigmoid_loss
 from vlmfast.ops.info_nce import IMPLS
-
-Inputs = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
-Case = Callable[[], Inputs]
-
-
-def features() -> tuple[Tensor, Tensor]:
-    image, text = pairs(6, 8)
-    return image.float(), text.float()
-
-
-def the_info_nce() -> Inputs:
-    return info_nce, (*features(), torch.tensor(5.0))
-
-
-def the_sigmoid_loss() -> Inputs:
-    return sigmoid_loss, (*features(), torch.tensor(5.0), torch.tensor(-4.0))
-
-
-def the_gated_residual() -> Inputs:
-    return (
-        lambda *inputs: gated_residual(*inputs).square().sum(),
-        (torch.randn(3, 8), torch.randn(3, 8), torch.tensor([0.5])),
-    )
-
-
-def the_patch_embed() -> Inputs:
-    return (
-        lambda pixels, weight, bias, position: patch_embed(pixels, weight, bias, position=position).square().sum(),
-        (torch.randn(2, 3, 8, 8), torch.randn(8, 3, 4, 4), torch.randn(8), torch.randn(4, 8)),
-    )
-
-
-def the_media_attention() -> Inputs:
-    last = torch.tensor([[0, 1, 1, 2, 2]])
-    q, k, v = (t.float() for t in qkv(1, 2, 2, 5, 6, 8))
-    return lambda q, k, v: media_attention(q, k, v, media_hi=last, tokens_per_media=3).square().sum(), (q, k, v)
-
-
-OPS = [the_info_nce, the_sigmoid_loss, the_gated_residual, the_patch_embed, the_media_attention]
 
 
 @pytest.fixture(params=["cpu", "torch"], autouse=True)

@@ -1,4 +1,4 @@
-"""The life of an op between public function and backend: registration, autograd, choice of backend with reasons."""
+"""The backends of an op, and which of them a call gets, with reasons."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
-LIBRARY = torch.library.Library("vlmfast", "DEF")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
 
 
@@ -154,91 +150,3 @@ def _warn_of_fallback(op: str, reasons: Mapping[str, str | None]) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(f"vlmfast.{op} runs on PyTorch ops ({message})", stacklevel=3)
-
-
-without_autocast = torch._C._DisableAutocast
-"""A context like `torch.autocast(device, enabled=False)` in a tenth of its time; inside an op, where none is traced."""
-
-
-def define(
-    name: str,
-    schema: str,
-    implementation: Callable[..., Any],
-    fake: Callable[..., Any],
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
-    backward: Callable[..., tuple[Any, ...]] | None = None,
-) -> Any:
-    """Registers vlmfast::name for every device and returns the callable op.
-
-    Args:
-        schema: of positional arguments without defaults.
-        setup_context, backward: the derivative, as `torch.library.register_autograd` takes it, called by position.
-            Without, it raises RuntimeError, where autograd would drop it in silence.
-    """
-    LIBRARY.define(name + schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vlmfast::{name}", fake, lib=LIBRARY)
-    op = getattr(torch.ops.vlmfast, name).default
-    LIBRARY.impl(name, _with_autograd(name, op, implementation, setup_context, backward), "Autograd", with_keyset=True)
-    return op
-
-
-_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
-_BELOW_AUTOGRAD_BITS = _BELOW_AUTOGRAD.raw_repr()
-_BACKENDS_BITS = frozenset(
-    torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
-)
-
-
-def _with_autograd(
-    name: str,
-    op: Any,
-    implementation: Callable[..., Any],
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None,
-    backward: Callable[..., tuple[Any, ...]] | None,
-) -> Callable[..., Any]:
-    """The op's kernel for autograd: as `torch.library.register_autograd` makes it, but sooner at the implementation.
-
-    That one always dispatches a second time. Here it is done only where something is to see the op that lies between
-    autograd and backends: a subclass of tensors, a mode that traces or counts, or a transform of torch.func. Each level
-    of those dispatches the op anew, so that its function is one of a single level, as those of PyTorch's own ops are.
-    """
-
-    def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            if keyset.raw_repr() & _BELOW_AUTOGRAD_BITS in _BACKENDS_BITS:
-                return implementation(*inputs)
-            return op.redispatch(keyset & _BELOW_AUTOGRAD, *inputs)
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        inputs = args[:-1]
-        if torch._C._are_functorch_transforms_active():  # an outer level has derivatives of its own
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                output = below(args[-1], inputs)
-        else:
-            output = below(args[-1], inputs)
-        if setup_context is not None:
-            setup_context(ctx, inputs, output)
-        return output
-
-    def gradients(ctx: Any, *grads: Any) -> Any:
-        if backward is None:
-            raise RuntimeError(f"{op} has no derivative: the second derivative of this op is not implemented")
-        return (*backward(ctx, *grads), None)
-
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(f"{op} has no forward-mode derivative; reverse mode serves, as in torch.func.grad")
-
-    static = {"forward": staticmethod(forward), "backward": staticmethod(gradients), "jvp": staticmethod(jvp)}
-    function: Any = type(f"vlmfast_{name}", (_SingleLevelFunction,), static)  # profilers show this name
-
-    def kernel(keyset: Any, *inputs: Any) -> Any:
-        reverse_mode = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-        if not reverse_mode and forward_ad._current_level < 0:
-            return below(keyset, inputs)
-        if torch._C._are_functorch_transforms_active():
-            with enable_single_level_autograd_function():
-                return function.apply(*inputs, keyset)
-        return function.apply(*inputs, keyset)
-
-    return kernel

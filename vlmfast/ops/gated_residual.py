@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.ops._define import define
 from vlmfast.ops._dispatch import (
     Impl,
     choose,
@@ -28,7 +29,6 @@ from vlmfast.ops._dispatch import (
     cpu_unsupported,
     cuda_kernels,
     cuda_unsupported,
-    define,
     never,
     triton_unsupported,
 )

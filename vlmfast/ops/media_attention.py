@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.ops._define import define, without_autocast
 from vlmfast.ops._dispatch import (
     Impl,
     choose,
@@ -44,10 +45,8 @@ from vlmfast.ops._dispatch import (
     cpu_unsupported,
     cuda_kernels,
     cuda_unsupported,
-    define,
     never,
     triton_unsupported,
-    without_autocast,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

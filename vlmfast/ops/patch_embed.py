@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import _patches
+from vlmfast.ops._define import define, without_autocast
 from vlmfast.ops._dispatch import (
     Impl,
     choose,
@@ -32,10 +33,8 @@ from vlmfast.ops._dispatch import (
     cpu_unsupported,
     cuda_kernels,
     cuda_unsupported,
-    define,
     never,
     triton_unsupported,
-    without_autocast,
 )
 from vlmfast.ops._patches import LAYOUTS
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import _pairs
+from vlmfast.ops._define import define, without_autocast
 from vlmfast.ops._dispatch import (
     Impl,
     choose,
@@ -28,10 +29,8 @@ from vlmfast.ops._dispatch import (
     cpu_unsupported,
     cuda_kernels,
     cuda_unsupported,
-    define,
     never,
     triton_unsupported,
-    without_autocast,
 )
 from vlmfast.ops._pairs import Groups
 
