@@ -66,11 +66,13 @@ def define(
 def _without_tangents(op: Any) -> Callable[..., Any]:
     """The op, but that it raises where `register_autograd`'s derivative would drop those of forward mode in silence."""
 
+    refusal = f"{op} has no forward-mode derivative; reverse mode serves, as in torch.func.grad"
+
     def call(*inputs: Any) -> Any:
         if not torch.compiler.is_compiling():
             for tensor in inputs:
                 if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
-                    raise RuntimeError(f"{op} has no forward-mode derivative; reverse mode serves, as in torch.func.grad")
+                    raise RuntimeError(refusal)
         return op(*inputs)
 
     return call

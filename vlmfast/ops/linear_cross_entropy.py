@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmfast.ops._dispatch import Impl, choose, define, never, without_autocast
+from vlmfast.ops._define import define, without_autocast
+from vlmfast.ops._dispatch import Impl, choose, never
 from vlmfast.ops._pairs import DTYPES
 
 LOG2E = math.log2(math.e)
