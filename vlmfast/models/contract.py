@@ -146,7 +146,7 @@ class Pretrainable:
         """
         from huggingface_hub.errors import StrictDataclassError
 
-        chosen = parse_overrides(cls.config_class, options.config_overrides or ())
+        chosen = cls.overrides(options)
         if options.pretrained and options.config:
             raise ValueError("--pretrained and --config exclude each other")
         made = "--pretrained" if options.pretrained else "--config" if options.config else None
@@ -175,6 +175,11 @@ class Pretrainable:
             overrides: fields of the config that have the last word.
         """
         raise NotImplementedError(f"{cls.__name__}.create")
+
+    @classmethod
+    def overrides(cls, options: Any) -> dict[str, Any]:
+        """Fields of the config that the options set, of new models and of checkpoints alike."""
+        return parse_overrides(cls.config_class, options.config_overrides or ())
 
     def transform(self, options: Any, *, train: bool) -> Transform:
         """Of images: size, and in training augmentation."""

@@ -98,7 +98,7 @@ def lit_trainer(data: Path, output_dir: Path, *, cached: bool, **options: object
     dataset = ImageTextDataset(str(data), transform=eval_transform(16), seed=args.seed)
     if cached:
         dataset.features = cache_features(
-            output_dir / "cache", dataset, model.encode_locked, model.locked_fingerprint(), batch_size=8
+            output_dir / "cache", dataset, model.encode_locked, model.frozen_fingerprint(), batch_size=8
         )
         model.vision_model.register_forward_hook(lambda *_: pytest.fail("the locked tower was run"))
     images = "locked_features" if cached else "pixel_values"

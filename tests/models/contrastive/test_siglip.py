@@ -92,12 +92,7 @@ def test_the_loss_is_the_papers() -> None:
 
 
 def test_neither_scalar_is_clamped() -> None:
-    model = SigLIPModel(SigLIPConfig(**TOWERS))
-    with torch.no_grad():
-        model.logit_scale.fill_(9.0)
-        model.logit_bias.fill_(3.0)
-    model.after_optimizer_step()
-    assert (model.logit_scale.item(), model.logit_bias.item()) == (9.0, 3.0)
+    assert not hasattr(SigLIPModel, "after_optimizer_step")
 
 
 def test_other_towers_have_projections() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import TINY, write_pairs
+from command_line import tiny, write_pairs
 from torch import nn
 
-from vlmfast.cli.models import MODELS, model_class
 from vlmfast.data import EDA, Collator, ImageTextDataset, TwoViewCollator, eval_transform, load_tokenizer, two_views
+from vlmfast.models import MODELS, model_class
 from vlmfast.training import PretrainingArguments, PretrainingTrainer
 
 
@@ -30,7 +30,7 @@ def losses(name: str, data: Path, output_dir: Path, **options: object) -> list[f
     tokenizer, cls = load_tokenizer(), model_class(name)
     tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     small = cls.config_class.small(
-        vocab_size=len(tokenizer), eos_token_id=1, bos_token_id=2, pad_token_id=0, **{**TINY, "vision_layers": 3}
+        vocab_size=len(tokenizer), eos_token_id=1, bos_token_id=2, pad_token_id=0, **tiny(name, vision_layers=3)
     )
     model = cls(small)
     for module in model.modules():  # chunks draw other numbers than the whole batch

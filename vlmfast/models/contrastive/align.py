@@ -11,7 +11,7 @@ Everything is trained. `temperature` is the divisor itself, not its logarithm, a
 
 An image's feature is the global mean of an EfficientNet's last stage, without the 1 x 1 convolution that classifiers
 have after it and without a layer of its own; a text's is BERT's [CLS] through a linear layer with bias to the image's
-width. Other towers are read as in `vlmfast.models.contrastive.clip`.
+width. Other towers are read as in `vlmfast.models.two_towers`.
 
 Departures from the paper:
 
@@ -35,25 +35,25 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import initialization as init
 
-from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
-from vlmfast.models.contrastive.gathered import Shards
+from vlmfast.models.gathered import Shards
 from vlmfast.models.towers import small_bert, tower_width
+from vlmfast.models.two_tower_config import TwoTowerConfig, TwoTowerOptions
+from vlmfast.models.two_towers import TwoTowerModel, TwoTowerOutput
 
 MIN_TEMPERATURE = 0.01
 
 
-class ALIGNConfig(CLIPConfig):
+class ALIGNConfig(TwoTowerConfig):
     """transformers' AlignConfig with towers of any transformers type; each reads the other's of ALIGN towers.
 
     Args:
-        vision_config, text_config: as CLIPConfig's; a dict without `model_type` is ALIGN's own tower.
+        vision_config, text_config: as TwoTowerConfig's; a dict without `model_type` is ALIGN's own tower.
         projection_dim: size D of the shared space, the image tower's width, which None is.
         temperature_init_value: initial value.
         label_smoothing: in training.
         image_mean, image_std: 0.5, pixels in [-1, 1].
-        Others as CLIPConfig, but logit_scale_init_value, which is not looked at.
+        Others as TwoTowerConfig.
     Raises:
         ValueError: projection_dim is not the image tower's width.
     """
@@ -94,7 +94,7 @@ class ALIGNConfig(CLIPConfig):
             )
 
     @classmethod
-    def small(
+    def small(  # type: ignore[override]
         cls,
         *,
         vocab_size: int,
@@ -107,15 +107,12 @@ class ALIGNConfig(CLIPConfig):
         text_width: int = 192,
         text_layers: int = 2,
         max_length: int = 32,
-        patch_size: int | None = None,
-        embed_dim: int | None = None,
     ) -> "ALIGNConfig":
         """An EfficientNet of three stages, its last of `vision_width` channels at an eighth of the size, and a BERT.
 
-        `vision_layers` is the number of its blocks, at least 3. `patch_size` and `embed_dim` are accepted for the sake
-        of a common signature: it has no patches, and features are as wide as the image tower. Small models are trained
-        for few steps, in which a temperature of 1 does not come down and statistics with a memory of 100 steps do not
-        settle: here they are 0.07 and 10 steps.
+        `vision_layers` is the number of its blocks, at least 3. Small models are trained for few steps, in which a
+        temperature of 1 does not come down and statistics with a memory of 100 steps do not settle: here they are 0.07
+        and 10 steps.
 
         Raises:
             ValueError: a width is not a multiple of 64, or there are fewer blocks than stages.
@@ -152,8 +149,8 @@ class ALIGNConfig(CLIPConfig):
 
 
 @dataclass
-class ALIGNOutput(CLIPOutput):
-    """CLIPOutput's fields but logit_scale, which is None, and temperature (), the divisor."""
+class ALIGNOutput(TwoTowerOutput):
+    """TwoTowerOutput's fields but logit_scale, which is None, and temperature (), the divisor."""
 
     temperature: Tensor | None = None
 
@@ -162,7 +159,7 @@ class ALIGNOutput(CLIPOutput):
         return self["image_features"] @ self["text_features"].T / self["temperature"]
 
 
-class ALIGNModel(CLIPModel):
+class ALIGNModel(TwoTowerModel):
     """EfficientNet and BERT, and the smoothed contrastive loss; see the top of this file.
 
     Parameters have the names of transformers' AlignModel.
@@ -170,29 +167,25 @@ class ALIGNModel(CLIPModel):
 
     config: ALIGNConfig
     output_class = ALIGNOutput
+    scalars = ("temperature",)
     base_model_prefix = "align"
+    paper = "Jia et al. 2021 (2102.05918)"
+    Options = TwoTowerOptions
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"text_model\.pooler\."]
 
     def __init__(self, config: ALIGNConfig) -> None:
         super().__init__(config)
-        self.visual_projection = nn.Identity()  # type: ignore[assignment]
-        self.text_projection = nn.Linear(self.text_projection.in_features, config.projection_dim)
+        self.visual_projection = nn.Identity()
+        _, self.text_projection = self.linear_heads(text_bias=True)
         if isinstance(self.text_model, transformers.AlignTextModel):
             self.text_pools_first = True
             self.text_model.register_module("pooler", None)
-        del self.logit_scale
-        self.temperature = nn.Parameter(torch.tensor(float(config.temperature_init_value)))
+        self.temperature = self.scalar("temperature")
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if module is self:
-            if hasattr(self, "temperature"):
-                init.constant_(self.temperature, self.config.temperature_init_value)
-            return
-        super()._init_weights(module)
-
-    def loss(self, image_features: Tensor, text_features: Tensor, temperature: Tensor) -> Tensor:
+    def loss(  # type: ignore[override]
+        self, image_features: Tensor, text_features: Tensor, temperature: Tensor
+    ) -> Tensor:
         """The contrastive loss over the global batch, with smoothed labels in training mode.
 
         After DDP's mean, gradients are those of one process with the whole batch.
@@ -208,8 +201,9 @@ class ALIGNModel(CLIPModel):
         terms = [shards.info_nce(a, shards.gather(b), scale, label_smoothing=smoothing) for a, b in directions]
         return torch.stack(terms).mean()
 
-    def _scalars(self) -> dict[str, Tensor]:
-        return {"temperature": self.temperature.clone()}
+    def metrics(self) -> dict[str, float]:
+        """The temperature."""
+        return {"temperature": self.temperature.item()}
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:

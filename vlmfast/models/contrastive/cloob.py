@@ -30,17 +30,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
-from vlmfast.models.contrastive.gathered import Shards
+from vlmfast.models.gathered import Shards
+from vlmfast.models.two_tower_config import TwoTowerConfig
+from vlmfast.models.two_towers import TwoTowerModel
 
 
-class CLOOBConfig(CLIPConfig):
-    """CLIPConfig with CLOOB's constants.
+class CLOOBConfig(TwoTowerConfig):
+    """TwoTowerConfig with CLOOB's constants.
 
     Args:
         logit_scale_init_value: ln(1 / tau), not trained.
         scale_hopfield: factor of the retrievals' scores.
-        Others as CLIPConfig.
+        Others as TwoTowerConfig.
     """
 
     model_type = "cloob"
@@ -54,23 +55,27 @@ class CLOOBConfig(CLIPConfig):
         scale_hopfield: float = 8.0,
         **kwargs: Any,
     ) -> None:
+        self.logit_scale_init_value = logit_scale_init_value
         self.scale_hopfield = scale_hopfield
-        super().__init__(vision_config, text_config, logit_scale_init_value=logit_scale_init_value, **kwargs)
+        super().__init__(vision_config, text_config, **kwargs)
 
 
-class CLOOBModel(CLIPModel):
+class CLOOBModel(TwoTowerModel):
     """CLIP's towers and projections, and CLOOB's loss; see the top of this file."""
 
     config: CLOOBConfig
     base_model_prefix = "cloob"
+    paper = "Fürst et al. 2022 (2110.11316)"
 
     def __init__(self, config: CLOOBConfig) -> None:
         super().__init__(config)
-        value = self.logit_scale.detach().clone()
-        del self.logit_scale
-        self.register_buffer("logit_scale", value)
+        self.visual_projection, self.text_projection = self.linear_heads()
+        self.register_buffer("logit_scale", self.scalar("logit_scale").data)
+        self.post_init()
 
-    def loss(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    def loss(  # type: ignore[override]
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+    ) -> Tensor:
         """CLOOB's loss over the global batch.
 
         After DDP's mean, gradients are those of one process with the whole batch.
@@ -93,9 +98,6 @@ class CLOOBModel(CLIPModel):
                 anchors, samples = (retrieve(query, stored, self.config.scale_hopfield) for query in (own, other))
                 terms.append(shards.info_nce(anchors, shards.gather(samples), inverse, exclude_positive=True))
         return torch.stack(terms).sum() / inverse
-
-    def after_optimizer_step(self) -> None:
-        """Nothing: the temperature is a constant."""
 
 
 def retrieve(queries: Tensor, stored: Tensor, scale: float) -> Tensor:

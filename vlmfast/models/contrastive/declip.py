@@ -35,7 +35,7 @@ Departures from the released code:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -45,18 +45,35 @@ from torch.func import functional_call
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from vlmfast import distributed
-from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
+from vlmfast import data, distributed
 from vlmfast.models.contrastive.declip_parts import FeatureBank, predictor, projector, simsiam_loss
-from vlmfast.models.contrastive.gathered import Shards
+from vlmfast.models.gathered import Shards
 from vlmfast.models.towers import CLIPTextModel, CLIPVisionModel
+from vlmfast.models.two_tower_config import ProjectionOptions, TwoTowerConfig
+from vlmfast.models.two_towers import TwoTowerModel
 from vlmfast.nn import ClipLoss
 
 NOT_MASKED = -100
 
 
-class DeCLIPConfig(CLIPConfig):
-    """CLIPConfig, and what DeCLIP adds; `DeCLIPConfig(..., **DeCLIPConfig.PAPER_WEIGHTS)` takes a preset of weights.
+@dataclass
+class DeCLIPOptions(ProjectionOptions):
+    """ProjectionOptions, a preset of weights, and how captions are rewritten."""
+
+    declip_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the terms; those of the released configurations by default.",
+            "choices": ["released", "released-88m-vit", "paper"],
+        },
+    )
+    synonyms: str | None = field(
+        default=None, metadata={"help": "A JSON file of words and lists of their synonyms, for the rewritten caption."}
+    )
+
+
+class DeCLIPConfig(TwoTowerConfig):
+    """TwoTowerConfig, and what DeCLIP adds; `DeCLIPConfig(**DeCLIPConfig.PAPER_WEIGHTS)` takes a preset.
 
     Args:
         clip_weight, multi_view_weight, image_ssl_weight, text_ssl_weight, nearest_neighbor_weight: of the terms at the
@@ -65,7 +82,8 @@ class DeCLIPConfig(CLIPConfig):
         ssl_dim, ssl_hidden_dim: width of projector and predictor, and of the predictor's middle.
         freeze_patch_embedding: leave the patch convolution of a CLIP vision tower at its initial values.
         logit_scale_min: least value of the log-parameter after a step.
-        Others as CLIPConfig.
+        logit_scale_init_value: initial value of the log-parameter.
+        Others as TwoTowerConfig.
     """
 
     model_type = "declip"
@@ -98,6 +116,7 @@ class DeCLIPConfig(CLIPConfig):
         ssl_hidden_dim: int = 512,
         freeze_patch_embedding: bool = True,
         logit_scale_min: float = 0.0,
+        logit_scale_init_value: float = math.log(1 / 0.07),
         **kwargs: Any,
     ) -> None:
         self.clip_weight = clip_weight
@@ -110,7 +129,16 @@ class DeCLIPConfig(CLIPConfig):
         self.ssl_hidden_dim = ssl_hidden_dim
         self.freeze_patch_embedding = freeze_patch_embedding
         self.logit_scale_min = logit_scale_min
+        self.logit_scale_init_value = logit_scale_init_value
         super().__init__(vision_config, text_config, **kwargs)
+
+
+WEIGHTS = {
+    "released": DeCLIPConfig.RELEASED_WEIGHTS,
+    "released-88m-vit": DeCLIPConfig.RELEASED_88M_VIT_WEIGHTS,
+    "paper": DeCLIPConfig.PAPER_WEIGHTS,
+}
+"""Presets by the name that --declip-weights has for them."""
 
 
 @dataclass
@@ -137,19 +165,24 @@ class DeCLIPOutput(ModelOutput):
     num_masked_tokens: Tensor | None = None
 
 
-class DeCLIPModel(CLIPModel):
+class DeCLIPModel(TwoTowerModel):
     """CLIP with four more supervisions; see the top of this file.
 
-    Towers, projections and features for evaluation are CLIPModel's, and so are their parameters' names.
+    Towers, projections and features for evaluation are CLIP's, and so are their parameters' names.
     """
 
     config: DeCLIPConfig
     base_model_prefix = "declip"
+    paper = "Li et al. 2021 (2110.05208)"
+    Options = DeCLIPOptions
+    special_tokens: ClassVar[dict[str, str]] = {"mask_token": "<|mask|>"}
     shared_features = ("head_parameters",)
     """Features that do not depend on the batch, for GradCache."""
 
     def __init__(self, config: DeCLIPConfig) -> None:
         super().__init__(config)
+        self.visual_projection, self.text_projection = self.linear_heads()
+        self.logit_scale = self.scalar("logit_scale")
         dim = config.projection_dim
         self.projector = projector(dim, config.ssl_dim) if config.image_ssl_weight else None
         self.predictor = predictor(config.ssl_dim, config.ssl_hidden_dim) if config.image_ssl_weight else None
@@ -159,17 +192,37 @@ class DeCLIPModel(CLIPModel):
         self.bank = FeatureBank(config.bank_size, dim) if config.nearest_neighbor_weight else None
         # Equal on every rank already; DDP would broadcast it in every step.
         self._ddp_params_and_buffers_to_ignore = ["bank.features", "bank.pushed"]
-        self._freeze()
+        self.freeze()
         self.post_init()
 
-    def train(self, mode: bool = True) -> "DeCLIPModel":
-        super().train(mode)
-        self._freeze()  # from_pretrained makes new parameters, then calls eval()
-        return self
+    @classmethod
+    def overrides(cls, options: Any) -> dict[str, Any]:
+        """The preset of weights, and the fields that have the last word."""
+        preset = WEIGHTS[options.declip_weights] if options.declip_weights else {}
+        return {**preset, **super().overrides(options)}
 
-    def _freeze(self) -> None:
-        if self.config.freeze_patch_embedding and isinstance(self.vision_model, CLIPVisionModel):
-            self.vision_model.embeddings.patch_embedding.requires_grad_(False)
+    def transform(self, options: Any, *, train: bool) -> data.Transform:
+        """In training two views of each image, as MoCo v2 makes them."""
+        if not train:
+            return super().transform(options, train=False)
+        if options.jitter:
+            raise ValueError(f"--jitter: the two views have their own, expected 0; got {options.jitter}")
+        scale = (options.crop_scale, 1.0)
+        return data.two_views(data.moco_transform(self.image_size(options), scale=scale, flip=options.flip))
+
+    def collator(self, options: Any, tokenizer: Any, *, train: bool) -> Any:
+        """In training two views of each text: the caption masked, and the caption rewritten."""
+        if not train:
+            return super().collator(options, tokenizer, train=False)
+        synonyms = None if options.synonyms is None else data.read_synonyms(options.synonyms)
+        rewrite = data.EDA(synonyms=synonyms)
+        return data.TwoViewCollator(tokenizer, max_length=options.max_length, rewrite=rewrite)
+
+    def frozen_parts(self) -> tuple[nn.Module, ...]:
+        """The patch convolution of a CLIP vision tower, where `freeze_patch_embedding`."""
+        if not (self.config.freeze_patch_embedding and isinstance(self.vision_model, CLIPVisionModel)):
+            return ()
+        return (self.vision_model.embeddings.patch_embedding,)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -250,7 +303,7 @@ class DeCLIPModel(CLIPModel):
         features = {
             "image_features": F.normalize(images.float(), dim=-1),
             "text_features": F.normalize(self.text_projection(pooled).float(), dim=-1).unflatten(0, (rows, 2)),
-            "logit_scale": self.logit_scale.clone(),  # not the parameter, as in CLIPModel
+            "logit_scale": self.logit_scale.clone(),  # not the parameter, as in TwoTowerModel
         }
         if self.projector is not None and self.predictor is not None:
             features["image_embeddings"] = images
@@ -265,7 +318,9 @@ class DeCLIPModel(CLIPModel):
             features["num_masked_tokens"] = masked.sum(1).float()
         return DeCLIPOutput(loss=self.loss(**features) if return_loss else None, **features)
 
-    def loss(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **parts: Tensor) -> Tensor:
+    def loss(  # type: ignore[override]
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **parts: Tensor
+    ) -> Tensor:
         """The weighted sum of `loss_terms`; in training mode the bank then takes in the texts of all processes.
 
         Arguments as `loss_terms`: the features of one output.
@@ -343,16 +398,6 @@ class DeCLIPModel(CLIPModel):
     def after_optimizer_step(self) -> None:
         """Clamp `logit_scale` to [logit_scale_min, ln 100], in place."""
         self.logit_scale.clamp_(self.config.logit_scale_min, math.log(100))
-
-    def _pool_image(self, pixel_values: Tensor) -> Tensor:
-        return self._pooler_output("vision_config", self.vision_model(self._tower_input(pixel_values))).flatten(1)
-
-    def _pool_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States of all tokens (B, L, W), after the tower's last norm, and the text's (B, W)."""
-        self._check_text(input_ids, attention_mask)
-        outputs = self.text_model(input_ids, attention_mask=attention_mask)
-        states = outputs.last_hidden_state
-        return states, states[:, 0] if self.text_pools_first else self._pooler_output("text_config", outputs)
 
     def _check_views(
         self,

@@ -26,8 +26,6 @@ Departures from public implementations:
   features are divided by max(norm, 1e-12), and `LiTConfig.small` makes a BERT.
 """
 
-import hashlib
-import json
 import math
 from typing import Any
 
@@ -36,20 +34,26 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers.utils import can_return_tuple
+from typing_extensions import Self
 
-from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
+from vlmfast.distributed import rank_and_world_size
+from vlmfast.models.contract import fingerprint
 from vlmfast.models.towers import small_bert, tower_width
+from vlmfast.models.two_tower_config import PatchOptions, TwoTowerConfig, small_towers
+from vlmfast.models.two_towers import TwoTowerModel, TwoTowerOutput
+from vlmfast.nn import ClipLoss
 
 
-class LiTConfig(CLIPConfig):
-    """CLIPConfig for a locked image tower.
+class LiTConfig(TwoTowerConfig):
+    """TwoTowerConfig for a locked image tower.
 
     Args:
         projection_dim: size D of the shared space; None is the image tower's width, the only choice without image_head.
         image_head: give images a trained linear head too.
         text_pooling: "first" or "mean", of text towers with bidirectional attention.
         logit_scale_init_value: ln 10, as in the paper.
-        Others as CLIPConfig. A timm tower's config (`TimmWrapperConfig`) needs `hidden_size`, its number of features.
+        Others as TwoTowerConfig. A timm tower's config (`TimmWrapperConfig`) needs `hidden_size`, the width of its
+            features.
     Raises:
         ValueError: text_pooling is another, or projection_dim is not the image tower's width without image_head.
     """
@@ -67,15 +71,10 @@ class LiTConfig(CLIPConfig):
         text_pooling: str = "first",
         **kwargs: Any,
     ) -> None:
+        self.logit_scale_init_value = logit_scale_init_value
         self.image_head = image_head
         self.text_pooling = text_pooling
-        super().__init__(
-            vision_config,
-            text_config,
-            projection_dim=projection_dim,
-            logit_scale_init_value=logit_scale_init_value,
-            **kwargs,
-        )
+        super().__init__(vision_config, text_config, projection_dim=projection_dim, **kwargs)
         if self.text_pooling not in ("first", "mean"):
             raise ValueError(f"text_pooling: expected 'first' or 'mean', got {self.text_pooling!r}")
         width = tower_width("vision_config", self.vision_config)
@@ -84,63 +83,44 @@ class LiTConfig(CLIPConfig):
             raise ValueError(f"projection_dim: expected {reason}, got {self.projection_dim}")
 
     @classmethod
-    def small(
-        cls,
-        *,
-        vocab_size: int,
-        eos_token_id: int,
-        bos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-        text_width: int = 192,
-        text_layers: int = 2,
-        max_length: int = 32,
-        embed_dim: int | None = None,
-        **vision: int,
-    ) -> "LiTConfig":
-        """A ViT to be locked as CLIPConfig.small's, and a BERT, from a few numbers.
-
-        `embed_dim` is accepted for the sake of a common signature: the features are as wide as the image tower.
-        """
-        clip = CLIPConfig.small(vocab_size=vocab_size, eos_token_id=eos_token_id, text_width=text_width, **vision)
-        text = small_bert(
-            transformers.BertConfig,
-            text_width,
-            text_layers,
-            max_length,
-            vocab_size=vocab_size,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-        )
-        return cls(vision_config=clip.vision_config, text_config=text)
+    def small(cls, *, text_width: int = 192, text_layers: int = 2, max_length: int = 32, **sizes: Any) -> "LiTConfig":
+        """A ViT to be locked, as `small_towers` makes it, and a BERT, from a few numbers."""
+        tokens = {name: value for name, value in sizes.items() if name.endswith("_token_id") or name == "vocab_size"}
+        vision = small_towers(text_width=text_width, **sizes)["vision_config"]
+        text = small_bert(transformers.BertConfig, text_width, text_layers, max_length, **tokens)
+        return cls(vision_config=vision, text_config=text)
 
 
-class LiTModel(CLIPModel):
+class LiTModel(TwoTowerModel):
     """A locked image tower, a text tower that learns to read it, and CLIP's loss; see the top of this file."""
 
     config: LiTConfig
     base_model_prefix = "lit"
+    paper = "Zhai et al. 2022 (2111.07991)"
+    Options = PatchOptions
 
     def __init__(self, config: LiTConfig) -> None:
         super().__init__(config)
         self.reads_class_token = hasattr(getattr(self.vision_model, "pooler", None), "dense")
         if self.reads_class_token:
             self.vision_model.register_module("pooler", None)
-        width = self.visual_projection.in_features
-        head = nn.Linear(width, config.projection_dim) if config.image_head else nn.Identity()
-        self.visual_projection = head  # type: ignore[assignment]
-        self.text_projection = nn.Linear(self.text_projection.in_features, config.projection_dim)
-        self._lock()
+        width = tower_width("vision_config", config.vision_config)
+        self.visual_projection = nn.Linear(width, config.projection_dim) if config.image_head else nn.Identity()
+        _, self.text_projection = self.linear_heads(text_bias=True)
+        self.logit_scale = self.scalar("logit_scale")
+        self.freeze()
         self.post_init()
 
-    def train(self, mode: bool = True) -> "LiTModel":
-        """As nn.Module's, but the image tower stays in eval mode."""
-        super().train(mode)
-        self._lock()  # from_pretrained makes new parameters, then calls eval()
-        return self
+    @classmethod
+    def create(cls, options: Any, tokenizer: Any, **overrides: Any) -> Self:
+        """As TwoTowerModel's; the image tower is a pretrained one."""
+        if not options.vision_tower:
+            raise ValueError("lit needs the --vision-tower that it locks, --config or --pretrained")
+        return super().create(options, tokenizer, **overrides)
 
-    def _lock(self) -> None:
-        self.vision_model.requires_grad_(False).eval()
+    def frozen_parts(self) -> tuple[nn.Module, ...]:
+        """The image tower: neither dropout nor running statistics move its features."""
+        return (self.vision_model,)
 
     @torch.no_grad()
     def encode_locked(self, pixel_values: Tensor) -> Tensor:
@@ -156,41 +136,50 @@ class LiTModel(CLIPModel):
             pooled = self._pooler_output("vision_config", outputs).flatten(1)
         return pooled.float()
 
-    def locked_fingerprint(self) -> str:
+    def frozen_features(self, pixel_values: Tensor, **others: Tensor) -> dict[str, Tensor]:
+        """`encode_locked`, by the name that `forward` has for it."""
+        return {"locked_features": self.encode_locked(pixel_values)}
+
+    def frozen_fingerprint(self) -> str:
         """A hash of what decides `encode_locked`: the tower's architecture and weights, the normalisation of pixels."""
         settings = self.config.vision_config.to_dict()
         for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
             settings.pop(name, None)
         settings["pixels"] = [list(self.config.image_mean), list(self.config.image_std)]
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, weight in self.vision_model.state_dict().items():
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(settings, self.vision_model)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """As CLIPModel's; a gradient reaches the image head alone, where there is one."""
+        """As TwoTowerModel's; a gradient reaches the image head alone, where there is one."""
         return self._image_features(self.encode_locked(pixel_values))
 
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """As CLIPModel's."""
+        """As TwoTowerModel's."""
         if self.config.text_pooling == "first" or not self.text_pools_first:
             return super().get_text_features(input_ids, attention_mask, position_ids)
-        self._check_text(input_ids, attention_mask)
-        positions = {} if position_ids is None else {"position_ids": position_ids}
-        states = self.text_model(input_ids, attention_mask=attention_mask, **positions).last_hidden_state
+        states, _ = self._pool_text(input_ids, attention_mask, position_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         weights = mask.to(states.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
         pooled = (states * weights[..., None]).sum(1)
         return F.normalize(self.text_projection(pooled).float(), dim=-1)
 
-    def loss(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-        """CLIPModel's; without image_head the gradient of the images is not computed."""
+    def loss(  # type: ignore[override]
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+    ) -> Tensor:
+        """Symmetric InfoNCE over the global batch; without image_head the gradient of the images is not computed.
+
+        After DDP's mean, gradients are those of one process with the whole batch.
+
+        Args:
+            image_features, text_features (B, D): unit-norm, this process's part of the batch.
+            logit_scale (): the log-parameter.
+        """
         if not self.config.image_head:
             image_features = image_features.detach()  # GradCache makes every feature a leaf that wants one
-        return super().loss(image_features, text_features, logit_scale)
+        rank, world_size = rank_and_world_size()
+        clip_loss = ClipLoss(gather_with_grad=True, rank=rank, world_size=world_size)
+        return clip_loss(image_features, text_features, logit_scale.float().exp())
 
     @can_return_tuple
     def forward(
@@ -201,8 +190,8 @@ class LiTModel(CLIPModel):
         position_ids: Tensor | None = None,
         return_loss: bool = True,
         locked_features: Tensor | None = None,
-    ) -> CLIPOutput:
-        """As CLIPModel's forward.
+    ) -> TwoTowerOutput:
+        """As TwoTowerModel's forward.
 
         Args:
             locked_features (B, W): what `encode_locked` makes of the images, in the place of `pixel_values`; the image
@@ -225,11 +214,8 @@ class LiTModel(CLIPModel):
             raise ValueError(f"input_ids: expected {len(locked_features)} texts, one per image, got {len(input_ids)}")
         image_features = self._image_features(locked_features)
         text_features = self.get_text_features(input_ids, attention_mask, position_ids)
-        output: CLIPOutput = self._output(image_features, text_features, return_loss)
+        output: TwoTowerOutput = self._output(image_features, text_features, return_loss)
         return output
-
-    def after_optimizer_step(self) -> None:
-        """Nothing: the paper does not clamp the temperature."""
 
     def _image_features(self, locked_features: Tensor) -> Tensor:
         if self.config.image_head:

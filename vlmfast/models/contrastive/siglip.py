@@ -10,7 +10,7 @@ weigh what they should; neither is clamped.
 
 The towers are Siglip's by default: the image is read by an attention pooling head, the text, padded to all positions of
 the tower, at its last position, padding or not, without a mask, and through a linear head. Here the padding is made in
-`get_text_features`, whatever length the texts come with. Other towers are read as in `vlmfast.models.contrastive.clip`
+`get_text_features`, whatever length the texts come with. Other towers are read as in `vlmfast.models.two_towers`
 and have a linear projection without bias.
 
 Departures from public implementations:
@@ -25,26 +25,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from vlmfast.distributed import rank_and_world_size
-from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel, CLIPOutput
+from vlmfast.models.two_tower_config import PatchOptions, TwoTowerConfig, small_towers
+from vlmfast.models.two_towers import TwoTowerModel, TwoTowerOutput
 from vlmfast.nn import SigLipLoss
 
 
-class SigLIPConfig(CLIPConfig):
+class SigLIPConfig(TwoTowerConfig):
     """transformers' SiglipConfig with towers of any transformers type; each reads the other's of Siglip towers.
 
     Args:
-        vision_config, text_config: as CLIPConfig's; a dict without `model_type` is Siglip's own tower.
+        vision_config, text_config: as TwoTowerConfig's; a dict without `model_type` is Siglip's own tower.
         projection_dim: size D of the shared space; None is the image tower's width.
         logit_scale_init_value, logit_bias_init_value: initial values.
         image_mean, image_std: 0.5, as the released models have.
-        Others as CLIPConfig.
+        Others as TwoTowerConfig.
     """
 
     model_type = "siglip"
@@ -65,51 +64,37 @@ class SigLIPConfig(CLIPConfig):
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         **kwargs: Any,
     ) -> None:
+        self.logit_scale_init_value = logit_scale_init_value
         self.logit_bias_init_value = logit_bias_init_value
         super().__init__(
             vision_config,
             text_config,
             projection_dim=projection_dim,
-            logit_scale_init_value=logit_scale_init_value,
             image_mean=image_mean,
             image_std=image_std,
             **kwargs,
         )
 
     @classmethod
-    def small(
-        cls,
-        *,
-        vocab_size: int,
-        eos_token_id: int,
-        bos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-        embed_dim: int | None = None,
-        **sizes: int,
-    ) -> "SigLIPConfig":
-        """Siglip's towers from a few numbers, as CLIPConfig.small's; features are as wide as the image tower.
-
-        `embed_dim` is accepted for the sake of a common signature.
-        """
-        tokens = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id, "pad_token_id": pad_token_id}
-        clip = CLIPConfig.small(vocab_size=vocab_size, **tokens, **sizes)  # type: ignore[arg-type]
+    def small(cls, **sizes: Any) -> "SigLIPConfig":
+        """Siglip's towers from a few numbers, those of `small_towers`; features are as wide as the image tower."""
+        towers = small_towers(**sizes)
+        vision, text = towers["vision_config"], towers["text_config"]
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        vision, text = clip.vision_config, clip.text_config
+        tokens = ("vocab_size", "max_position_embeddings", "eos_token_id", "bos_token_id", "pad_token_id")
         return cls(
             vision_config=transformers.SiglipVisionConfig(
                 **{name: getattr(vision, name) for name in (*names, "image_size", "patch_size")}
             ),
             text_config=transformers.SiglipTextConfig(
-                **{name: getattr(text, name) for name in (*names, "vocab_size", "max_position_embeddings")},
-                projection_size=vision.hidden_size,
-                **tokens,
+                **{name: getattr(text, name) for name in (*names, *tokens)}, projection_size=vision.hidden_size
             ),
         )
 
 
 @dataclass
-class SigLIPOutput(CLIPOutput):
-    """CLIPOutput's fields, and logit_bias ()."""
+class SigLIPOutput(TwoTowerOutput):
+    """TwoTowerOutput's fields, and logit_bias ()."""
 
     logit_bias: Tensor | None = None
 
@@ -118,7 +103,7 @@ class SigLIPOutput(CLIPOutput):
         return super().logits_per_image() + self["logit_bias"]
 
 
-class SigLIPModel(CLIPModel):
+class SigLIPModel(TwoTowerModel):
     """Image and text towers and the sigmoid loss; see the top of this file.
 
     Parameters have the names and shapes of transformers' SiglipModel: each reads the other's checkpoints.
@@ -126,33 +111,30 @@ class SigLIPModel(CLIPModel):
 
     config: SigLIPConfig
     output_class = SigLIPOutput
+    scalars = ("logit_scale", "logit_bias")
     base_model_prefix = "siglip"
+    paper = "Zhai et al. 2023 (2303.15343)"
+    Options = PatchOptions
 
     def __init__(self, config: SigLIPConfig) -> None:
         super().__init__(config)
+        self.visual_projection, self.text_projection = self.linear_heads()
         if isinstance(self.vision_model, transformers.SiglipVisionModel):
             self.visual_projection = self._head(self.visual_projection)
         if isinstance(self.text_model, transformers.SiglipTextModel):
             self.text_projection = self._head(self.text_projection)
-        for name in ("logit_scale", "logit_bias"):
-            value = getattr(config, f"{name}_init_value")
-            setattr(self, name, nn.Parameter(torch.tensor([value], dtype=torch.float32)))
+        for name in self.scalars:
+            setattr(self, name, nn.Parameter(self.scalar(name).data.reshape(1)))  # the shape in released checkpoints
         self.post_init()
 
     def _head(self, projection: nn.Linear) -> Any:
         """A Siglip tower needs none, unless its features are of another size."""
         return nn.Identity() if projection.in_features == projection.out_features else projection
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self and hasattr(self, "logit_bias"):
-            init.constant_(self.logit_bias, self.config.logit_bias_init_value)
-
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """As CLIPModel's; what is not text for the Siglip tower, by attention_mask or by length, is its padding."""
+        """As TwoTowerModel's; what is not text for the Siglip tower, by attention_mask or by length, is its padding."""
         if not isinstance(self.text_model, transformers.SiglipTextModel):
             return super().get_text_features(input_ids, attention_mask, position_ids)
         self._check_text(input_ids, attention_mask)
@@ -178,9 +160,3 @@ class SigLIPModel(CLIPModel):
         rank, world_size = rank_and_world_size()
         loss = SigLipLoss(rank=rank, world_size=world_size)
         return loss(image_features, text_features, logit_scale.float().exp(), logit_bias.float())
-
-    def _scalars(self) -> dict[str, Tensor]:
-        return {"logit_scale": self.logit_scale.squeeze(0), "logit_bias": self.logit_bias.squeeze(0)}
-
-    def after_optimizer_step(self) -> None:
-        """Nothing: the paper clamps neither."""
