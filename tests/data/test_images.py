@@ -1,10 +1,14 @@
 import io
+import resource
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from vlmfast.data.images import decode_image, to_rgb
+from vlmfast.data import images
+from vlmfast.data.images import TooManyPixelsError, decode_image, to_rgb
 
 
 def encode(image, image_format="PNG", **options):
@@ -118,3 +122,93 @@ def test_other_formats_are_refused(colour):
 
 def test_rgb_is_returned_as_it_is(colour):
     assert to_rgb(colour) is colour
+
+
+def raw_png(depth, colour, size, rows, transparent=None):
+    """A PNG of packed rows, such as PIL does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))]
+    parts += [chunk(b"tRNS", transparent)] if transparent else []
+    parts += [chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("transparent", [0, 1])
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_transparent_level_of_grey_becomes_white_at_any_depth(depth, transparent):
+    """Levels 0, 1 and the highest, of which one is transparent."""
+    highest = 2**depth - 1
+    levels = [0, 1, highest]
+    packed = sum(level << depth * (15 - place) for place, level in enumerate(levels)).to_bytes(2 * depth, "big")
+    data = raw_png(depth, 0, (3, 1), [packed[: -(-3 * depth // 8)]], struct.pack(">H", transparent))
+    expected = [255 if level == transparent else round(level * 255 / highest - 0.49) for level in levels]
+    assert pixels(decode_image(data))[0, :, 0].tolist() == expected
+
+
+def test_16_bit_grey_is_transparent_at_one_level_only():
+    row = np.array([0x1234, 0x1235, 0x34], dtype=">u2").tobytes()
+    data = raw_png(16, 0, (3, 1), [row], struct.pack(">H", 0x1234))
+    assert pixels(decode_image(data))[0, :, 1].tolist() == [255, 0x12, 0]
+
+
+def test_a_transparent_colour_of_16_bits_becomes_white():
+    row = np.array([0x1234, 0x5678, 0x9ABC, 0xFFFF, 0, 0x100], dtype=">u2").tobytes()
+    data = raw_png(16, 2, (2, 1), [row], struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
+    assert pixels(decode_image(data))[0].tolist() == [[255, 255, 255], [255, 0, 1]]
+
+
+def test_transparency_and_orientation_go_together():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image = Image.new("I;16", (2, 1))
+    image.putpixel((0, 0), 0x4000)
+    decoded = decode_image(encode(image, exif=exif, transparency=0))
+    assert pixels(decoded)[:, 0, 0].tolist() == [0x40, 255]
+
+
+def bomb(image_format, side):
+    """A few hundred bytes that state side x side pixels."""
+    if image_format == "PNG":
+        return raw_png(8, 0, (side, side), [b""])
+    if image_format == "VP8L":
+        header = b"VP8L" + struct.pack("<IBI", 9, 0x2F, (side - 1) | (side - 1) << 14) + bytes(4)
+        return b"RIFF" + struct.pack("<I", len(header) + 4) + b"WEBP" + header
+    data = bytearray(encode(Image.new("RGB", (16, 16)), "JPEG" if image_format == "JPEG" else "WEBP"))
+    if image_format == "JPEG":
+        start = data.index(b"\xff\xc0") + 5
+        data[start : start + 4] = struct.pack(">HH", side, side)
+    elif image_format == "VP8":
+        data[26:30] = struct.pack("<HH", side, side)
+    else:
+        canvas = b"VP8X" + struct.pack("<II", 10, 0) + 2 * (side - 1).to_bytes(3, "little")
+        data = b"RIFF" + struct.pack("<I", len(data) - 8 + len(canvas)) + b"WEBP" + canvas + data[12:]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "VP8", "VP8L", "VP8X"])
+def test_a_decompression_bomb_is_refused_before_memory_is_taken(image_format, monkeypatch):
+    data, before = bomb(image_format, 16000), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    opened = []
+    monkeypatch.setattr(Image.Image, "load", lambda image: opened.append(image))
+    if image_format.startswith("VP8"):
+        monkeypatch.setattr(Image, "open", opened.append)
+    with pytest.raises(TooManyPixelsError, match=r"data: (16000 x 16000 pixels|Image size \(256000000 pixels\))"):
+        decode_image(data)
+    assert not opened
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB; the pixels would be 250,000
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "VP8", "VP8L", "VP8X"])
+def test_the_limit_is_stated_and_is_of_pixels(image_format, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 99 * 99)
+    with pytest.raises(TooManyPixelsError, match=r"data: 100 x 100 pixels, more than the limit of 9,801"):
+        decode_image(bomb(image_format, 100))
+    monkeypatch.setattr(images, "MAX_PIXELS", 16 * 16)
+    assert decode_image(encode(Image.new("RGB", (16, 16)), "JPEG" if image_format == "JPEG" else "PNG")).size == (
+        16,
+        16,
+    )

@@ -127,7 +127,13 @@ def _training_data(
     from vlmfast import data
 
     def pairs(transform: Any) -> data.ImageTextDataset:
-        return data.ImageTextDataset(data_args.data, transform=transform, keywords=data_args.keywords, seed=args.seed)
+        return data.ImageTextDataset(
+            data_args.data,
+            transform=transform,
+            keywords=data_args.keywords,
+            seed=args.seed,
+            min_batch=2,  # a contrastive loss tells a pair from another
+        )
 
     folder, crop = data_args.cache_locked_features, (data_args.crop_scale, 1.0)
     if folder is not None and name != "lit":

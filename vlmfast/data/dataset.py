@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlmfast.data.files import FolderPairs, TablePairs
-from vlmfast.data.images import decode_image
+from vlmfast.data.images import TooManyPixelsError, decode_image
 from vlmfast.data.records import Pairs, Text, has_field
 from vlmfast.data.shards import ShardPairs
 from vlmfast.data.transforms import Transform
@@ -29,6 +29,7 @@ SKIPPED = (
     "unreadable image",
     "corrupt record",
     "images unlike places",
+    "image of too many pixels",
 )
 IMAGE_PLACE = "<image>"  # where an image stands in the text of an interleaved document
 SAMPLED = 1000  # samples whose bytes a fingerprint reads
@@ -281,6 +282,8 @@ class ImageTextDataset(Dataset[Sample | None]):
             return "unreadable image"
         try:
             image = decode_image(data, min_side=getattr(self.transform, "min_side", None))
+        except TooManyPixelsError:
+            return "image of too many pixels"
         except ValueError:
             return "corrupt image"
         return self.transform(image, generator)

@@ -1,11 +1,13 @@
 """Image bytes to upright RGB."""
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
 
 FORMATS = ("WEBP", "JPEG", "PNG")  # naming them keeps PIL's other parsers away from untrusted bytes
+MAX_PIXELS = 89_478_485  # of an image as its header states it; where PIL warns of a decompression bomb
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -18,24 +20,37 @@ UPRIGHT = {
 }
 
 
+class TooManyPixelsError(ValueError):
+    """An image's header states more than MAX_PIXELS."""
+
+
 def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     """Decode WebP, JPEG or PNG to RGB, turned upright by its EXIF orientation, transparency on white.
+
+    An image of more than MAX_PIXELS is refused before memory is taken for its pixels.
 
     Args:
         data: the file's bytes.
         min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while both sides keep at least this many
             pixels, which costs less; None keeps the size.
     Raises:
+        TooManyPixelsError, a ValueError: the header states more than MAX_PIXELS.
         ValueError: the bytes are no image of these formats, or are damaged or cut short.
     """
     try:
+        _check_pixels(*_webp_size(data))  # PIL's decoder takes memory for two frames when it opens a file
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_pixels(*image.size)
         if min_side is not None:
             image.draft(None, (min_side, min_side))
         image.load()
+        if image.format == "PNG" and "transparency" in image.info:
+            image.info["transparency"] = _png_transparency(image, depth=data[24])
         return to_rgb(_upright(image))
-    except MemoryError:
+    except (MemoryError, TooManyPixelsError):
         raise
+    except Image.DecompressionBombError as error:  # PIL's own limit is twice as high, and looked at first
+        raise TooManyPixelsError(f"data: {error}") from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ... on damaged bytes
         raise ValueError(f"data: expected a WebP, JPEG or PNG image; PIL reports {error}") from error
 
@@ -48,10 +63,43 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise TooManyPixelsError(f"data: {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height in a WebP header; (0, 0) of other bytes."""
+
+    def number(start: int, size: int) -> int:
+        return int.from_bytes(data[start : start + size], "little")
+
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return 0, 0
+    if data[12:16] == b"VP8X":
+        return number(24, 3) + 1, number(27, 3) + 1
+    if data[12:16] == b"VP8L":
+        return (number(21, 4) & 0x3FFF) + 1, (number(21, 4) >> 14 & 0x3FFF) + 1
+    return number(26, 2) & 0x3FFF, number(28, 2) & 0x3FFF
+
+
+def _png_transparency(image: Image.Image, depth: int) -> Any:
+    """The transparent colour as the loaded pixels have it: PIL scales those of other depths to 8 bits, not this."""
+    colour = image.info["transparency"]
+    if image.mode == "L" and depth in (2, 4):
+        return colour * 255 // (2**depth - 1)
+    if image.mode == "RGB" and depth == 16:
+        return tuple(channel >> 8 for channel in colour)
+    return colour
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB from any mode: transparency composited on white, 16-bit grey scaled to 8 bits."""
-    if image.mode.startswith("I;16"):  # PIL would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):  # PIL would clip at 255, and look for the transparent level among 8 bits
+        levels, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((levels >> 8).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
     if not image.has_transparency_data:
         return image.convert("RGB") if image.mode != "RGB" else image
     image = image.convert("RGBA")
