@@ -271,3 +271,77 @@ def test_a_shard_that_shrinks_after_indexing_raises(whole):
     os.truncate(whole, 600)
     with pytest.raises(OSError, match=r"whole\.tar became shorter"):
         dataset[2]
+
+
+@pytest.mark.parametrize("stem", ["22.05", "Mr. Smith", "a.", "v1.2.3", "d.x/22.05", "22.A"])
+@pytest.mark.parametrize("text", ["txt", "json"])
+def test_names_with_dots_are_those_of_pairs(write_tar, png, stem, text):
+    content = b"x" if text == "txt" else b'{"caption": "x"}'
+    path = write_tar("a.tar", {f"{stem}.png": png(0), f"{stem}.{text}": content, "z.png": png(1), "z.txt": b"z"})
+    assert keys_and_captions(open_dataset(path)) == [(stem, "x"), ("z", "z")]
+
+
+def test_names_that_share_what_is_before_the_first_dot(write_tar, png):
+    members = {"22.png": png(0), "22.txt": b"plain"}
+    for n, stem in enumerate(["22.05", "22.A", "22.a"], start=1):
+        members |= {f"{stem}.png": png(n), f"{stem}.txt": stem.encode()}
+    members |= {"22.seg.png": png(9), "22.cls": b"7"}
+    expected = [("22", "plain"), ("22.05", "22.05"), ("22.A", "22.A"), ("22.a", "22.a")]
+    dataset = open_dataset(write_tar("a.tar", members))
+    assert keys_and_captions(dataset) == expected
+    assert dataset.skipped() == {}
+    assert len({dataset[n].image.sum().item() for n in range(4)}) == 4
+
+
+def test_halves_of_pairs_with_dots_are_counted(write_tar, png):
+    members = {"22.05.png": png(0), "22.06.txt": b"x", "23.png": png(1), "23.txt": b"x"}
+    dataset = open_dataset(write_tar("a.tar", members))
+    assert [dataset[n] is None for n in range(2)] == [True, False]
+    assert dataset.skipped() == {"missing image": 1, "missing caption": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "counts"),
+    [
+        (["a.png", "a.txt", "a.png", "a.txt"], ["a"], {"duplicate key": 1}),
+        (["a.png", "a.png", "a.txt"], ["a"], {"duplicate key": 1}),
+        (["a.png", "a.txt", "a.txt"], ["a"], {"duplicate key": 1}),
+        (["a.png", "a.txt", "b.png", "b.txt", "a.png", "a.txt"], ["a", "b"], {"duplicate key": 1}),
+        (["a.png", "a.txt"] + ["a.png", "a.txt"] * 3, ["a"], {"duplicate key": 3}),
+        (["a.b.png", "a.b.txt", "c.png", "c.txt", "a.b.png", "a.b.txt"], ["a.b", "c"], {"duplicate key": 1}),
+        (["a.png", "a.jpg", "a.txt"], ["a"], {"second image": 1}),
+        (["a.PNG", "a.png", "a.txt"], ["a"], {"duplicate key": 1}),
+    ],
+)
+def test_a_repeated_key_is_counted_and_the_first_is_used(tmp_path, png, names, expected, counts):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for n, name in enumerate(names):
+            data = png(n) if not name.endswith("txt") else b"%d" % n
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    dataset = open_dataset(tmp_path / "a.tar")
+    assert [key for key, _ in keys_and_captions(dataset)] == expected
+    assert dataset.skipped() == counts
+    first = names.index(expected[0] + ".txt")
+    assert dataset[0].caption == str(first)
+
+
+def test_keys_may_repeat_in_another_shard(write_tar, png):
+    paths = [write_tar(f"{n}.tar", {"0.png": png(n), "0.txt": b"x"}) for n in range(2)]
+    dataset = open_dataset(paths)
+    assert (len(dataset), dataset.skipped()) == (2, {})
+
+
+def test_links_in_a_tar_are_no_images_and_what_they_leave_is_counted(tmp_path, png):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in {"a.png": png(0), "a.txt": b"x", "b.txt": b"y", "c.txt": b"z"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+            if name in ("b.txt", "c.txt"):
+                link = tarfile.TarInfo(name[0] + ".png")
+                link.type, link.linkname = (tarfile.LNKTYPE if name[0] == "b" else tarfile.FIFOTYPE), "a.png"
+                tar.addfile(link)
+    dataset = open_dataset(tmp_path / "a.tar")
+    assert (len(dataset), dataset.skipped()) == (1, {"missing image": 2})
