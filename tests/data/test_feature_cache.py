@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pickle
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from vlmfast.data import (
     cache_features,
     eval_transform,
     load_tokenizer,
+    open_features,
     train_transform,
 )
 from vlmfast.data import feature_cache as module
@@ -218,3 +221,193 @@ def test_rows_must_fit_the_block(tmp_path):
     cache = FeatureCache(tmp_path / "c", {"model": "m"}, 6)
     with pytest.raises(ValueError, match=r"features: expected 2 rows, got \(4, 5\)"):
         cache.write(1, torch.zeros(4, 5))
+
+
+class Regions:
+    """As a detector: another number of rows for each image, features in half precision, one vector of the whole."""
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, pixels):
+        self.images += len(pixels)
+        counts = [int(image[0, 0, 0]) % 4 for image in pixels]
+        return {
+            "boxes": [torch.arange(count * 4).view(count, 4).float() for count in counts],
+            "features": [
+                image.half().view(-1)[: count * 5].view(count, 5) for image, count in zip(pixels, counts, strict=True)
+            ],
+            "whole": pixels.float().mean((1, 2)).bfloat16(),
+            "count": torch.tensor(counts),
+        }
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def expected_regions(dataset, index):
+    encoded = Regions()(dataset.image(index, np.random.default_rng(0))[None])
+    return {name: value[0].float() if name == "whole" else value[0] for name, value in encoded.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dict_of_tensors_also_ragged_ones(path, tmp_path, workers):
+    dataset = open_dataset(path)
+    cache = cache_features(tmp_path / "c", dataset, Regions(), "m", batch_size=3, num_workers=workers)
+    cache = pickle.loads(pickle.dumps(cache))
+    assert cache[3] is None
+    for index in {*range(10)} - {3}:
+        assert equal(cache[index], expected_regions(dataset, index))
+    assert {len(cache[index]["boxes"]) for index in {*range(10)} - {3}} > {0, 1}  # the case is a ragged one
+    again = Regions()
+    reopened = cache_features(tmp_path / "c", dataset, again, "m")
+    assert again.images == 0
+    assert equal(reopened[9], cache[9])
+    reopened[9]["boxes"] += 1  # a copy, not the file
+    assert equal(reopened[9], cache[9])
+
+
+def test_features_of_a_dict_reach_the_samples(path, tmp_path):
+    dataset = open_dataset(path)
+    dataset.features = cache_features(tmp_path / "c", dataset, Regions(), "m")
+    assert equal(dataset[0].features, expected_regions(dataset, 0))
+    assert dataset[0].image.shape == (SIDE, SIDE, 3)
+    assert [dataset[n] is None for n in range(10)] == [n in (3, 5) for n in range(10)]
+
+
+def test_images_of_several_sizes_come_as_a_list(tmp_path, write_tar, png):
+    members = {}
+    for n in range(6):
+        members |= {f"{n}.png": png(n, (8 + n % 2, 8)), f"{n}.txt": b"x"}
+    seen = []
+
+    def encode(pixels):
+        seen.append(type(pixels))
+        return {"size": torch.tensor([image.shape[1] for image in pixels])}
+
+    dataset = open_dataset(write_tar("a.tar", members), transform=_as_it_is)
+    cache = cache_features(tmp_path / "c", dataset, encode, "m", batch_size=3)
+    assert [cache[n]["size"].item() for n in range(6)] == [8, 9, 8, 9, 8, 9]
+    assert list in seen
+
+
+def _as_it_is(image, generator):
+    return torch.from_numpy(np.array(image))
+
+
+@pytest.mark.parametrize(
+    ("encoded", "message"),
+    [
+        ({"a": torch.zeros(1, 2)}, "encode: expected 4 rows of 'a', got 1"),
+        (torch.zeros(3, 2), "encode: expected 4 rows of 'features', got 3"),
+        ({"a": [torch.zeros(2, n) for n in range(4)]}, "features: expected 'a' to differ in its number of rows only"),
+        (
+            {"a": [torch.tensor(1), *[torch.zeros(2)] * 3]},
+            "features: expected 'a' to differ in its number of rows only",
+        ),
+        ({"a": [torch.full((2,), torch.nan)] * 4}, r"encode: expected finite features, .* among pairs range\(0, 4\)"),
+    ],
+)
+def test_what_encode_gives_must_fit(write_tar, png, tmp_path, encoded, message):
+    members = {f"{n}.{kind}": png(n) if kind == "png" else b"x" for n in range(4) for kind in ("png", "txt")}
+    with pytest.raises(ValueError, match=message):
+        cache_features(tmp_path / "c", open_dataset(write_tar("a.tar", members)), lambda pixels: encoded, "m")
+
+
+def test_items_of_a_block_have_the_same_names(tmp_path):
+    cache = FeatureCache(tmp_path / "c", {"model": "m"}, 2)
+    with pytest.raises(ValueError, match=r"features: expected \['a'\] in every sample, got others in some"):
+        cache.write(0, [{"a": torch.zeros(1)}, {"b": torch.zeros(1)}])
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+DAMAGE = {
+    "cut": cut,
+    "cut by a byte": lambda data: data[:-1],
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "zeros at the end": lambda data: data[:-200] + bytes(200),
+    "one bit": lambda data: data[:150] + bytes([data[150] ^ 1]) + data[151:],
+    "one bit of the index": lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:],
+    "longer": lambda data: data + b"x",
+    "something else": lambda data: b"<html>404</html>" * 50,
+    "a file of an earlier version": lambda data: _npy(np.zeros((4, 6), np.float32)),
+}
+
+
+def _npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("encoder", [Encoder, Regions])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_block_is_named_and_made_again(path, tmp_path, damage, encoder):
+    whole = cache_features(tmp_path / "c", open_dataset(path), encoder(), "m")
+    block = tmp_path / "c" / "000001.npy"
+    data = block.read_bytes()
+    block.write_bytes(DAMAGE[damage](data))
+    encode = encoder()
+    with pytest.warns(UserWarning, match=r"c/000001\.npy is damaged \(.+\); it is made again"):
+        cache_features(tmp_path / "c", open_dataset(path), encode, "m")
+    assert encode.images == 4
+    assert block.read_bytes() == data
+    assert whole.missing() == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "something else"])
+def test_a_block_that_is_damaged_under_a_reader_is_named(path, tmp_path, damage):
+    cache_features(tmp_path / "c", open_dataset(path), Encoder(), "m")
+    block = tmp_path / "c" / "000001.npy"
+    block.write_bytes(DAMAGE[damage](block.read_bytes()))
+    identity = json.loads((tmp_path / "c" / "identity.json").read_text())
+    identity = {name: value for name, value in identity.items() if name not in ("pairs", "rows per file")}
+    cache = FeatureCache(tmp_path / "c", identity, 10)
+    assert cache[0] is not None
+    with pytest.raises(ValueError, match=r"c/000001\.npy is damaged \(.+\); cache_features makes it again"):
+        cache[4]
+
+
+@pytest.mark.parametrize("identity", ["", "{", "[]", '{"model": '])
+def test_a_damaged_identity_is_named(path, tmp_path, identity):
+    cache_features(tmp_path / "c", open_dataset(path), Encoder(), "m")
+    (tmp_path / "c" / "identity.json").write_text(identity)
+    with pytest.raises(ValueError, match=r"c/identity\.json is damaged \(.+\); delete .*c to have it made again"):
+        cache_features(tmp_path / "c", open_dataset(path), Encoder(), "m")
+
+
+def test_a_cache_is_opened_for_the_images_that_it_is_of(path, tmp_path, members, write_tar, png):
+    made = cache_features(tmp_path / "c", open_dataset(path), Regions(), "a model that is not here")
+    dataset = open_dataset(path, transform=train_transform(4))
+    opened = open_features(tmp_path / "c", dataset)
+    assert all(equal(opened[n], made[n]) for n in range(10) if n != 3)
+    other = open_dataset(write_tar("other.tar", {**members, "0.png": png(77)}))
+    with pytest.raises(ValueError, match=r"holds features of something else; .* Its data was"):
+        open_features(tmp_path / "c", other)
+    (tmp_path / "c" / "000002.npy").unlink()
+    with pytest.raises(ValueError, match=r"the cache is not complete, 1 files lack; .*000002\.npy is missing"):
+        open_features(tmp_path / "c", dataset)
+    block = tmp_path / "c" / "000001.npy"
+    block.write_bytes(cut(block.read_bytes()))
+    with pytest.raises(ValueError, match=r"2 files lack; .*000001\.npy is damaged \(.*\)"):
+        open_features(tmp_path / "c", dataset)
+    with pytest.raises(ValueError, match=r"is no feature cache: it holds no identity\.json"):
+        open_features(tmp_path, dataset)
+    assert not (tmp_path / "identity.json").exists()
+
+
+def test_a_long_row_does_not_cost_the_others_memory(tmp_path):
+    """Rows are mapped: an item costs its own bytes."""
+    cache = FeatureCache(tmp_path / "c", {"model": "m"}, 4)
+    cache.write(0, [torch.zeros(4 << 20), torch.zeros(1), None, torch.ones(2)])
+    tracemalloc.start()
+    item = cache[3]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert item.tolist() == [1, 1]
+    assert peak < 1 << 20

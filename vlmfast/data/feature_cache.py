@@ -66,19 +66,21 @@ class FeatureCache(Sequence[Item]):
         return self._open[block][row]
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """Numbers of the blocks of a process that are not there, or are damaged: a warning names each of those.
+        """Numbers of the blocks of a process that are not there or are damaged.
 
         Cost: every file of these blocks is read, for its checksum.
         """
-        found = []
+        return list(self.faults(rank, world_size))
+
+    def faults(self, rank: int = 0, world_size: int = 1) -> dict[int, str]:
+        """As `missing`, with what is wrong with each block, its file named."""
+        found = {}
         for block in range(rank, -(-self.num_pairs // self.block_rows), world_size):
             path = self._path(block)
             if not path.exists():
-                found.append(block)
+                found[block] = f"{path} is missing"
             elif damage := feature_blocks.damage(path):
-                warnings.warn(f"{path} is damaged ({damage}); it is made again", stacklevel=2)
-                self._open.pop(block, None)
-                found.append(block)
+                found[block] = f"{path} is damaged ({damage})"
         return found
 
     def rows(self, block: int) -> range:
@@ -144,8 +146,8 @@ def open_features(folder: str | os.PathLike[str], dataset: ImageTextDataset) -> 
     for name in ("pairs", "rows per file"):
         identity.pop(name, None)
     cache = FeatureCache(folder, identity, len(dataset))
-    if missing := cache.missing():
-        raise ValueError(f"{folder} lacks {cache._path(missing[0])}: the cache is not complete")
+    if faults := list(cache.faults().values()):
+        raise ValueError(f"{folder}: the cache is not complete, {len(faults)} files lack; {faults[0]}")
     return cache
 
 
@@ -182,7 +184,11 @@ def cache_features(
     """
     identity = {"model": model, "data": dataset.image_fingerprint(), "transform": repr(dataset.transform)}
     cache = FeatureCache(folder, identity, len(dataset))
-    mine = cache.missing(rank, world_size)
+    faults = cache.faults(rank, world_size)
+    for fault in faults.values():
+        if not fault.endswith("is missing"):
+            warnings.warn(f"{fault}; it is made again", stacklevel=2)
+    mine = list(faults)
     batches = {
         block: [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
         for block, rows in ((block, cache.rows(block)) for block in mine)
