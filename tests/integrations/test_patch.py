@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -494,7 +495,7 @@ def test_it_is_not_unpatched_inside_of_a_wrapper() -> None:
     with pytest.raises(ValueError, match="unpatch: its ViTEmbeddings is inside of a Sequential since it was patched"):
         vlmfast.unpatch(model)
     model.vit.embeddings = stem
-    stem.forward = stem.forward
+    stem.forward = partial(stem.forward)
     with pytest.raises(ValueError, match="unpatch: the forward of its ViTEmbeddings was replaced since"):
         vlmfast.unpatch(model)
 

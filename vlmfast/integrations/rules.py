@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmfast.nn._stem import reason_to_call
 from vlmfast.ops._pairs import DTYPES
 
 KINDS = ("patch_embed", "cross_attention", "loss")
@@ -80,10 +81,10 @@ def _transformers() -> Iterator[Rule]:
 
 def _cross_attention(layer: Any, options: dict[str, Any], original: Any) -> nn.Module:
     """IDEFICS' config is its other dropout; Mllama has none."""
+    replaced: nn.Module = layer.from_module(original, **options)
     dropout = max(original.cross_attn.dropout, getattr(original, "config", 0))
     if dropout > 0:
         raise ValueError(f"its dropout is {dropout}, and can only be 0: set it in the config before the model is made")
-    replaced: nn.Module = layer.from_module(original, **options)
     return replaced
 
 
@@ -99,7 +100,7 @@ def _open_clip() -> Iterator[Rule]:
     losses, ours = import_module("open_clip.loss"), import_module("vlmfast.nn")
 
     def clip_loss(loss: Any) -> Any:
-        if loss.use_horovod:
+        if getattr(loss, "use_horovod", False):  # open_clip's main branch has none
             raise ValueError("it uses horovod")
         options = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
         return ours.ClipLoss(**{name: getattr(loss, name) for name in options}).forward
@@ -125,15 +126,27 @@ def _flamingo(module_name: str) -> Callable[[], Iterator[Rule]]:
         ours, module = import_module("vlmfast.nn"), import_module(module_name)
 
         def block(original: Any) -> nn.Module:
-            uniform = not original.attn.only_attend_immediate_media
+            _without_hooks(original)
+            uniform = getattr(original.attn, "only_attend_immediate_media", True) is False
             options = {"before_media": "uniform"} if uniform else {}
             replaced: nn.Module = ours.GatedCrossAttentionBlock.from_module(original, **options)
             return replaced
 
+        def resampler(original: Any) -> nn.Module:
+            _without_hooks(original)
+            replaced: nn.Module = ours.PerceiverResampler.from_module(original)
+            return replaced
+
         yield Rule("cross_attention", module.GatedCrossAttentionBlock, block)
-        yield Rule("cross_attention", module.PerceiverResampler, ours.PerceiverResampler.from_module)
+        yield Rule("cross_attention", module.PerceiverResampler, resampler)
 
     return rules
+
+
+def _without_hooks(original: nn.Module) -> None:
+    """Ours has submodules of its own: what was hung on the original's would not be where people look for it."""
+    if reason := next(filter(None, map(reason_to_call, list(original.modules())[1:])), None):
+        raise ValueError(reason)
 
 
 LIBRARIES: dict[str, Callable[[], Iterator[Rule]]] = {
@@ -260,7 +273,8 @@ class _WithoutLogits:
 
 
 def _encoder(model: Any, side: str) -> Any:
-    return getattr(model, f"get_{side}_features")
+    """Of the class: the original's forward does not look for one that the instance was given."""
+    return MethodType(getattr(type(model), f"get_{side}_features"), model)
 
 
 def _unit(output: Any) -> Tensor:

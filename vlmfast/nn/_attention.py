@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from vlmfast.ops import gated_residual, media_attention
+from vlmfast.ops.gated_residual import reference as gated_residual_reference
+from vlmfast.ops.media_attention import reference as media_attention_reference
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -21,8 +25,41 @@ def merge_heads(t: Tensor) -> Tensor:
     return t.transpose(1, 2).flatten(2)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None, **options: Any) -> Tensor:
+    """`vlmfast.ops.media_attention`, and its definition in PyTorch for float64, which no kernel has."""
+    if q.dtype != torch.float64:
+        return media_attention(q, k, v, key_bias=key_bias, **options)
+    if key_bias is not None:
+        # A sample whose keys are all at -inf is one that sees nothing, not one with a softmax over nothing.
+        hidden = key_bias == -math.inf
+        key_bias = key_bias.masked_fill(hidden, 0)
+        options |= {"tokens_per_media": 1, "media_len": (~hidden).int()}
+    return media_attention_reference(q, k, v, key_bias=key_bias, **options)
+
+
+def add_gated(residual: Tensor, hidden: Tensor, gate: Tensor, **options: Any) -> Tensor:
+    """`vlmfast.ops.gated_residual`, and its definition in PyTorch for float64, which no kernel has."""
+    op = gated_residual_reference if torch.float64 in (residual.dtype, hidden.dtype, gate.dtype) else gated_residual
+    return op(residual, hidden, gate, **options)
+
+
+def original_part(cls: type[nn.Module], original: nn.Module, path: str, kind: type[nn.Module]) -> Any:
+    """The submodule of original at path, whose sizes are to be read.
+
+    Raises:
+        ValueError: it is not there, or of another class, such as one that wraps it.
+    """
+    part: nn.Module | None = original
+    for name in path.split("."):
+        part = None if part is None else part._modules.get(name)
+    if type(part) is not kind:
+        wanted = f"{kind.__module__}.{kind.__qualname__}"
+        raise ValueError(f"{cls.__name__}: the original's {path} must be {wanted}; got {type(part).__name__}")
+    return part
+
+
 def share(module: Module, original: nn.Module) -> Module:
-    """Gives module original's parameters, the same objects under the same names, and the modes; returns module.
+    """Gives module original's parameters, the same objects under the same names, hooks and modes; returns module.
 
     Raises:
         ValueError: names or shapes differ, or what the submodules are.
@@ -41,8 +78,17 @@ def share(module: Module, original: nn.Module) -> Module:
             )
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, parameter)
+    for name, part in module.named_modules(remove_duplicate=False):
+        source = vars(original.get_submodule(name))
+        vars(part).update({key: value for key, value in source.items() if key in SHARED})
     copy_modes(original, module)
     return module
+
+
+SHARED = frozenset(
+    name for name in vars(nn.Module()) if "hook" in name or name in ("_buffers", "_non_persistent_buffers_set")
+)
+"""Attributes of every module that ours and the original have in common: hooks of the one are the other's."""
 
 
 def copy_modes(source: nn.Module, target: nn.Module) -> None:

@@ -37,14 +37,43 @@ def reason_not_eligible(projection: nn.Module) -> str | None:
     return reason_to_call(projection)
 
 
-def reason_to_call(module: nn.Module) -> str | None:
-    """Why a module must be called, and not only its parameters read, or None."""
+def reason_to_call(module: nn.Module, kind: type[nn.Module] | None = None) -> str | None:
+    """Why a module must be called, and not only its parameters read, or None.
+
+    Args:
+        kind: the very class that computes what is computed in the module's place; None: any.
+    """
+    name = type(module).__name__
+    if kind is not None and type(module) is not kind:
+        return f"its {kind.__name__} is a {name}, which would not be called"
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     if any(hooks):
-        return f"its {type(module).__name__} has hooks, which would not run"
-    if "forward" in module.__dict__:
-        return f"the forward of its {type(module).__name__} was replaced"
+        return f"its {name} has hooks, which would not run"
+    if forward_replaced(module):
+        return f"the forward of its {name} was replaced"
     return None
+
+
+def reason_to_look_up(table: nn.Module) -> str | None:
+    """Why an nn.Embedding must be called, and not only its weight read, or None."""
+    if reason := reason_to_call(table, nn.Embedding):
+        return reason
+    # Of those, two change the forward's weight and two the gradient.
+    for option in ("max_norm", "padding_idx", "scale_grad_by_freq", "sparse"):
+        if (value := getattr(table, option)) not in (None, False):
+            return f"its Embedding has {option} {value}"
+    return None
+
+
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether somebody gave the instance a forward; its class's own, put back by those who had taken it, is none."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not own_forward(forward, module)
+
+
+def own_forward(forward: object, module: nn.Module) -> bool:
+    """Whether forward is the method of the module's class, bound to the module."""
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
 
 
 class Stem(nn.Module):
@@ -53,8 +82,8 @@ class Stem(nn.Module):
     Floating-point pixels are what the original takes, normalised, and give what it gives. uint8 pixels are normalised
     on the way in, (pixels / 255 - mean) / std, without a pass of their own.
 
-    A stem looks at what it stands in for in every call. If that has become not eligible since (hooks were registered,
-    the convolution was wrapped or cast to float64), the original's forward runs, on normalised floats.
+    A stem looks at what it stands in for in every call. If that has become not eligible since (hooks were registered, a
+    submodule was wrapped, exchanged or cast to float64), the original's forward runs, on normalised floats.
 
     Attributes:
         mean, std: a float per channel each, for uint8 pixels in [0, 1]; None if not given.
@@ -96,7 +125,10 @@ class Stem(nn.Module):
             raise TypeError(f"{cls.__name__}.from_original: module must be a {wanted}; got {type(module).__name__}")
         stem = cls.__new__(cls)
         stem.__dict__.update(module.__dict__)
-        reason = "its forward was replaced" if "forward" in module.__dict__ else stem.reason_not_eligible()
+        # What would call the original: its own forward, put back, and what module.compile() made of it.
+        for name in ("forward", "_compiled_call_impl"):
+            stem.__dict__.pop(name, None)
+        reason = "its forward was replaced" if forward_replaced(module) else stem.reason_not_eligible()
         if reason:
             raise ValueError(f"{cls.__name__}.from_original: module is not eligible: {reason}")
         stem._set_normalisation(mean, std, layout)
@@ -104,17 +136,20 @@ class Stem(nn.Module):
 
     def reason_not_eligible(self) -> str | None:
         """Why the original's forward runs instead of `patch_embed`, or None."""
-        projection, *others = self._not_called()
-        return next(filter(None, (reason_not_eligible(projection), *map(reason_to_call, others))), None)
+        return self._reason_to_call() or reason_not_eligible(self._projection())
 
     @classmethod
     def _replaces(cls) -> type[nn.Module]:
         # class X(Stem, Original)
         return cls.__bases__[-1]
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        """Submodules of which only the parameters are used: the projection, then others."""
+    def _projection(self) -> nn.Module:
+        """The submodule that projects patches, of which only the parameters are used."""
         raise NotImplementedError
+
+    def _reason_to_call(self) -> str | None:
+        """Why another submodule, of which only the parameters are used, must be called; asked first. Or None."""
+        return None
 
     def _set_normalisation(self, mean: Sequence[float] | None, std: Sequence[float] | None, layout: str) -> None:
         name = type(self).__name__
@@ -151,11 +186,12 @@ class Stem(nn.Module):
             )
         return {"mean": self.mean, "std": self.std}
 
-    def _floats(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the original takes: normalised images (B, C, H, W)."""
+    def _floats(self, images: Tensor, projection: nn.Module) -> Tensor:
+        """What the original takes: normalised images (B, C, H, W), of the dtype of what projects them."""
         if images.dtype != torch.uint8:
             return images
-        return _patches.normalise(images, dtype=dtype, **self._normalisation(images))
+        dtypes = (parameter.dtype for parameter in projection.parameters() if parameter.is_floating_point())
+        return _patches.normalise(images, dtype=next(dtypes, torch.float32), **self._normalisation(images))
 
     def _embed(
         self,

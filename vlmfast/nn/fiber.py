@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.nn._attention import key_bias, merge_heads, split_heads
-from vlmfast.ops import gated_residual, media_attention
+from vlmfast.nn._attention import add_gated, attend, key_bias, merge_heads, split_heads
 
 
 class TextToImageFusion(nn.Module):
@@ -58,8 +57,8 @@ class TextToImageFusion(nn.Module):
         heads, attention = self.num_attention_heads, self.crossattention_t2i["self"]
         q = split_heads(attention["query"](attention_output), heads)  # type: ignore[index]
         k, v = (split_heads(attention[name](image), heads) for name in ("key", "value"))  # type: ignore[index]
-        hidden = self.crossattention_t2i["output"]["dense"](merge_heads(media_attention(q, k, v)))  # type: ignore[index]
-        return gated_residual(attention_output, hidden, self.alpha_t2i, activation="identity")
+        hidden = self.crossattention_t2i["output"]["dense"](merge_heads(attend(q, k, v)))  # type: ignore[index]
+        return add_gated(attention_output, hidden, self.alpha_t2i, activation="identity")
 
 
 class ImageToTextFusion(nn.Module):
@@ -112,8 +111,8 @@ class ImageToTextFusion(nn.Module):
         q = self.qkv_i2t(self.norm_i2t_i(x)).reshape(y.shape[0], -1, x.shape[2])
         q, k, v = (split_heads(t, self.num_heads) for t in (q, *self.qkv_text_i2t(y).chunk(2, -1)))
         bias = key_bias("ImageToTextFusion", y_mask, y.shape[0], y.shape[1])
-        hidden = self.proj_i2t(merge_heads(media_attention(q, k, v, key_bias=bias))).view(x.shape)
-        return gated_residual(x, hidden, self.alpha_i2t, activation="identity")
+        hidden = self.proj_i2t(merge_heads(attend(q, k, v, key_bias=bias))).view(x.shape)
+        return add_gated(x, hidden, self.alpha_i2t, activation="identity")
 
 
 def _drop_unused_norm(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.nn._attention import merge_heads, share, split_heads
-from vlmfast.ops import gated_residual, media_attention, media_index
+from vlmfast.nn._attention import add_gated, attend, merge_heads, original_part, share, split_heads
+from vlmfast.ops import media_index
 from vlmfast.ops.media_index import MediaState
 
 
@@ -40,7 +40,7 @@ class MediaCache:
                 f"MediaCache: media must have {self.tokens_per_media} tokens, as before; got {tokens_per_media}"
             )
         before, new = (t.shape[2] // tokens_per_media for t in (self.key, key))
-        place = torch.arange(before + new, device=key.device).expand(len(key), -1)
+        place = torch.arange(before + new, device=key.device).expand(key.shape[0], -1)
         seen = torch.full_like(place[:, :1], before) if self.state is None else self.state.seen[:, None]
         source = torch.where(place < seen, place, place - seen + before).clamp(max=before + new - 1)
         self.key = _take_media(torch.cat([self.key, key], 2), source, tokens_per_media)
@@ -110,9 +110,13 @@ class MaskedCrossAttention(nn.Module):
 
     @classmethod
     def from_module(cls, original: Any, **options: Any) -> MaskedCrossAttention:
-        """One over the very parameters of open_flamingo's or flamingo-pytorch's; options: before_media."""
+        """One over the very parameters of open_flamingo's or flamingo-pytorch's; options: before_media.
+
+        Raises:
+            ValueError: a submodule of original is not of the class that its library made it of, or set up otherwise.
+        """
         with torch.device("meta"):
-            module = cls(**_arguments(original), **options)
+            module = cls(**_arguments(cls, original, ""), **options)
         return share(module, original)
 
     def forward(
@@ -151,7 +155,7 @@ class MaskedCrossAttention(nn.Module):
             if self.before_media == "uniform":
                 # Zero queries score all keys alike.
                 q, empty = q.masked_fill((hi == 0)[:, None, :, None], 0), "all"
-        out = media_attention(q, k, v, media_lo=lo, media_hi=hi, tokens_per_media=tokens, empty=empty)
+        out = attend(q, k, v, media_lo=lo, media_hi=hi, tokens_per_media=tokens, empty=empty)
         return self.to_out(merge_heads(out))
 
     def _keys_and_values(self, x: Tensor, media: Tensor | None, cache: MediaCache | None) -> tuple[Tensor, Tensor, int]:
@@ -235,10 +239,14 @@ class GatedCrossAttentionBlock(nn.Module):
 
     @classmethod
     def from_module(cls, original: Any, **options: Any) -> GatedCrossAttentionBlock:
-        """One over the very parameters of open_flamingo's or flamingo-pytorch's; options: before_media."""
-        ff_mult = original.ff[1].out_features / original.ff[1].in_features
+        """One over the very parameters of open_flamingo's or flamingo-pytorch's; options: before_media.
+
+        Raises:
+            ValueError: as `MaskedCrossAttention.from_module`.
+        """
+        arguments = _arguments(cls, original, "attn.")
         with torch.device("meta"):
-            module = cls(**_arguments(original.attn), ff_mult=ff_mult, **options)
+            module = cls(**arguments, ff_mult=feed_forward_mult(cls, original, "ff"), **options)
         return share(module, original)
 
     def forward(
@@ -250,15 +258,26 @@ class GatedCrossAttentionBlock(nn.Module):
         cache: MediaCache | None = None,
     ) -> Tensor:
         """x (B, L, dim) after the block; arguments and errors are MaskedCrossAttention's."""
-        x = gated_residual(x, self.attn(x, media, media_locations, use_cached_media, cache), self.attn_gate)
-        return gated_residual(x, self.ff(x), self.ff_gate)
+        x = add_gated(x, self.attn(x, media, media_locations, use_cached_media, cache), self.attn_gate)
+        return add_gated(x, self.ff(x), self.ff_gate)
 
 
-def _arguments(attn: Any) -> dict[str, Any]:
+def _arguments(cls: type[nn.Module], original: nn.Module, prefix: str) -> dict[str, Any]:
+    """MaskedCrossAttention's, read off the one at prefix in original."""
+    q, kv = (original_part(cls, original, f"{prefix}{name}", nn.Linear) for name in ("to_q", "to_kv"))
+    attn: Any = original.get_submodule(prefix[:-1])
     return {
-        "dim": attn.to_q.in_features,
-        "dim_visual": attn.to_kv.in_features,
-        "dim_head": attn.to_q.out_features // attn.heads,
+        "dim": q.in_features,
+        "dim_visual": kv.in_features,
+        "dim_head": q.out_features // attn.heads,
         "heads": attn.heads,
         "only_attend_immediate_media": attn.only_attend_immediate_media,
     }
+
+
+def feed_forward_mult(cls: type[nn.Module], original: nn.Module, path: str) -> float:
+    """feed_forward's mult, read off the one at path in original."""
+    original_part(cls, original, path, nn.Sequential)
+    linear = original_part(cls, original, f"{path}.1", nn.Linear)
+    mult: float = linear.out_features / linear.in_features
+    return mult

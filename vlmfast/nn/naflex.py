@@ -9,13 +9,11 @@ To put it into a model::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from timm.models import naflexvit
 from torch import Tensor, nn
 
-from vlmfast.nn._stem import Stem
+from vlmfast.nn._stem import Stem, reason_to_call
 from vlmfast.nn.position import MODES, interpolate_position, interpolate_position_per_image
 
 
@@ -27,8 +25,8 @@ class NaFlexEmbeds(Stem, naflexvit.NaFlexEmbeds):
     than the batch is long.
     """
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        return (self.proj,)
+    def _projection(self) -> nn.Module:
+        return self.proj
 
     def reason_not_eligible(self) -> str | None:
         """Why the original's forward runs instead of `patch_embed`, or None."""
@@ -43,7 +41,7 @@ class NaFlexEmbeds(Stem, naflexvit.NaFlexEmbeds):
             return "it has a norm beside the projection"
         if self.is_linear and not self.channels_last:
             return "its patches have channels first"
-        return super().reason_not_eligible()
+        return reason_to_call(self.norm) or super().reason_not_eligible()
 
     def forward(
         self, x: Tensor, patch_coord: Tensor | None = None, patch_valid: Tensor | None = None
@@ -57,16 +55,14 @@ class NaFlexEmbeds(Stem, naflexvit.NaFlexEmbeds):
             patch_coord (B, N, 2): row and column of each patch in its image.
             patch_valid (B, N): not looked at.
         """
-        weight = self.proj.weight
         rows, columns = self.patch_size
-        if self.is_linear:
-            weight = weight.unflatten(1, (rows, columns, self.in_chans)).permute(0, 3, 1, 2)
+        not_eligible = self.reason_not_eligible() is not None
         if not self.is_linear or patch_coord is None:
             images = self._images(x)
             height, width = images.shape[2:]
             whole = self.dynamic_img_pad or not self.is_linear or not (height % rows or width % columns)
-            if self.reason_not_eligible() or not whole:
-                return self._original(self._floats(images, weight.dtype), patch_coord, patch_valid)
+            if not_eligible or not whole:
+                return self._original(self._floats(images, self.proj), patch_coord, patch_valid)
             size = self.dynamic_feat_size((height, width))
             grid: tuple[int, int] | None = size
             position = self._position_of_grid(size)
@@ -75,13 +71,16 @@ class NaFlexEmbeds(Stem, naflexvit.NaFlexEmbeds):
             same = x.dim() == 3 or x.shape[2:4] == (rows, columns)
             length = x.shape[1]
             known = x.device.type == "cpu" and not torch.compiler.is_compiling()
-            if self.reason_not_eligible() or not same or (known and bool((shapes.prod(1) > length).any())):
+            if not_eligible or not same or (known and bool((shapes.prod(1) > length).any())):
                 return self._original(x, patch_coord, patch_valid)
             # An image of N patches, one below the other.
-            images = x.reshape(len(x), length * rows, columns, self.in_chans).permute(0, 3, 1, 2)
+            images = x.reshape(x.shape[0], length * rows, columns, self.in_chans).permute(0, 3, 1, 2)
             grid, position = None, self._position_of_images(shapes, length)
+        weight = self.proj.weight
+        if self.is_linear:
+            weight = weight.unflatten(1, (rows, columns, self.in_chans)).permute(0, 3, 1, 2)
         tokens = self._embed(images, weight, self.proj.bias, position=position, pad=self.dynamic_img_pad)
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         return self.pos_drop(torch.cat([*prefix, tokens], dim=1) if prefix else tokens), grid
 
     def _original(

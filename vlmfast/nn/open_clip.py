@@ -10,12 +10,10 @@ To put it into a model::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from open_clip import transformer
 from torch import Tensor, nn
 
-from vlmfast.nn._stem import Stem, product_dtype
+from vlmfast.nn._stem import Stem, product_dtype, reason_to_call
 from vlmfast.nn.patch_dropout import sample_patches
 
 
@@ -28,15 +26,15 @@ class VisionTransformer(Stem, transformer.VisionTransformer):
     (strides are free), or floats.
     """
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        return (self.conv1,)
+    def _projection(self) -> nn.Module:
+        return self.conv1
 
     def _embeds(self, x: Tensor) -> Tensor:
-        images, weight, dropout = self._images(x), self.conv1.weight, self.patch_dropout
+        images, dropout = self._images(x), self.patch_dropout
         if self.reason_not_eligible():
-            return super()._embeds(self._floats(images, weight.dtype))
-        keep = None
-        drops = isinstance(dropout, transformer.PatchDropout) and dropout.exclude_first_token
+            return super()._embeds(self._floats(images, self.conv1))
+        weight, keep = self.conv1.weight, None
+        drops = not reason_to_call(dropout, transformer.PatchDropout) and dropout.exclude_first_token
         if drops and dropout.training and dropout.prob > 0:
             patches = self.positional_embedding.shape[0] - 1
             keep = sample_patches(images.shape[0], patches, dropout.prob, images.device)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vlmfast.nn._stem import Stem
-from vlmfast.ops import _patches
 
 FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 
@@ -80,8 +80,8 @@ class PatchEmbed(Stem):
         original: type[nn.Module] = layers.PatchEmbed
         return original
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        return (self.proj,)
+    def _projection(self) -> nn.Module:
+        return self.proj
 
     def _set_img_size(self, img_size: int | tuple[int, int] | None) -> None:
         self.img_size = self.grid_size = self.num_patches = None
@@ -132,14 +132,16 @@ class PatchEmbed(Stem):
             ValueError: the size of images is not what img_size and strict_img_size allow, uint8 pixels come without
                 mean and std, or as `vlmfast.ops.patch_embed`.
         """
-        images, weight = self._images(x), self.proj.weight
+        images = self._images(x)
         self._check_size(images)
         if self.reason_not_eligible():
-            images = self._floats(images, weight.dtype)
-            images = _patches.padded(images, weight) if self.dynamic_img_pad else images
+            images = self._floats(images, self.proj)
+            if self.dynamic_img_pad:
+                rows, columns = self.patch_size
+                images = F.pad(images, (0, -images.shape[3] % columns, 0, -images.shape[2] % rows))
             tokens = self.proj(images).flatten(2).transpose(1, 2)
         else:
-            tokens = self._embed(images, weight, self.proj.bias, pad=self.dynamic_img_pad)
+            tokens = self._embed(images, self.proj.weight, self.proj.bias, pad=self.dynamic_img_pad)
         return self.norm(self._formatted(tokens, (images.shape[2], images.shape[3])))
 
     def _check_size(self, images: Tensor) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.nn._attention import merge_heads, share, split_heads
-from vlmfast.nn.gated_cross_attention import feed_forward
-from vlmfast.ops import media_attention
+from vlmfast.nn._attention import attend, merge_heads, original_part, share, split_heads
+from vlmfast.nn.gated_cross_attention import feed_forward, feed_forward_mult
 
 
 class PerceiverAttention(nn.Module):
@@ -35,7 +34,7 @@ class PerceiverAttention(nn.Module):
         x, latents = self.norm_media(x), self.norm_latents(latents)
         q, kv = self.to_q(latents), self.to_kv(torch.cat([x, latents], 2))
         heads = (split_heads(t.flatten(0, 1), self.heads) for t in (q, *kv.chunk(2, -1)))
-        out = merge_heads(media_attention(*heads))
+        out = merge_heads(attend(*heads))
         return self.to_out(out.unflatten(0, x.shape[:2]))
 
 
@@ -79,8 +78,14 @@ class PerceiverResampler(nn.Module):
 
     @classmethod
     def from_module(cls, original: Any) -> PerceiverResampler:
-        """One with the parameters, the same objects, of open_flamingo's or flamingo-pytorch's."""
-        attention, ff = original.layers[0]
+        """One with the parameters, the same objects, of open_flamingo's or flamingo-pytorch's.
+
+        Raises:
+            ValueError: a submodule of original is not of the class that its library made it of, or set up otherwise.
+        """
+        original_part(cls, original, "layers", nn.ModuleList)
+        q = original_part(cls, original, "layers.0.0.to_q", nn.Linear)
+        heads = original.get_submodule("layers.0.0").heads
         number = {
             argument: None if (table := getattr(original, name, None)) is None else len(table)
             for argument, name in (
@@ -93,10 +98,10 @@ class PerceiverResampler(nn.Module):
             module = cls(
                 dim=original.latents.shape[1],
                 depth=len(original.layers),
-                dim_head=attention.to_q.out_features // attention.heads,
-                heads=attention.heads,
+                dim_head=q.out_features // heads,
+                heads=heads,
                 num_latents=original.latents.shape[0],
-                ff_mult=ff[1].out_features / ff[1].in_features,
+                ff_mult=feed_forward_mult(cls, original, "layers.0.1"),
                 **number,
             )
         return share(module, original)

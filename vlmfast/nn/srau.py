@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmfast.nn._stem import reason_to_call
+
 
 class SelfResurrectingGate(nn.Module):
     """Mixes text with what cross-attention found at each of the encoder's levels; VisualGPT's gate.
@@ -56,8 +58,11 @@ class SelfResurrectingGate(nn.Module):
         mixed = torch.zeros_like(text)
         for level, found in enumerate(visual.unbind(1), 1):
             fc = self.get_submodule(f"fc_alpha{level}")
-            weight_text, weight_visual = fc.weight.chunk(2, 1)  # type: ignore[operator]
-            logits = F.linear(text, weight_text) + F.linear(found, weight_visual, fc.bias)  # type: ignore[arg-type]
+            if isinstance(fc, nn.Linear) and not reason_to_call(fc, nn.Linear):
+                weight_text, weight_visual = fc.weight.chunk(2, 1)
+                logits = F.linear(text, weight_text) + F.linear(found, weight_visual, fc.bias)
+            else:
+                logits = fc(torch.cat([text, found], -1))
             mixed = mixed + srau(text, found, logits, self.tau)
         mixed = mixed / math.sqrt(self.levels)
         return mixed if row_mask is None else mixed.masked_fill(~row_mask[..., None], 0)

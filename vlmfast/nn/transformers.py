@@ -25,7 +25,7 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 from transformers.models.vit import modeling_vit
 
-from vlmfast.nn._stem import Stem
+from vlmfast.nn._stem import Stem, reason_to_call, reason_to_look_up
 from vlmfast.nn.position import interpolate_position, interpolate_position_per_image
 from vlmfast.ops import _patches
 
@@ -33,8 +33,11 @@ from vlmfast.ops import _patches
 class _ClassTokenStem(Stem):
     """CLIP's stem and BridgeTower's: patches, class token, positions."""
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        return self.patch_embedding, self.position_embedding
+    def _projection(self) -> nn.Module:
+        return self.patch_embedding
+
+    def _reason_to_call(self) -> str | None:
+        return reason_to_look_up(self.position_embedding)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Tokens (B, 1 + n, D) of pixel_values (B, 3, H, W), or uint8 in `layout`.
@@ -46,9 +49,9 @@ class _ClassTokenStem(Stem):
         size = (self.image_size, self.image_size)
         if not interpolate_pos_encoding:
             _check_size(self, images, size)
-        conv = self.patch_embedding
         if self.reason_not_eligible():
-            return super().forward(self._floats(images, conv.weight.dtype), interpolate_pos_encoding)
+            return super().forward(self._floats(images, self.patch_embedding), interpolate_pos_encoding)
+        conv = self.patch_embedding
         position = self.position_embedding.weight
         if interpolate_pos_encoding:
             position = _interpolated(position, images, conv.weight, size, prefix_tokens=1)
@@ -66,15 +69,18 @@ class BridgeTowerVisionEmbeddings(_ClassTokenStem, modeling_bridgetower.BridgeTo
 class SiglipVisionEmbeddings(Stem, modeling_siglip.SiglipVisionEmbeddings):
     """transformers' SiglipVisionEmbeddings: patches, positions."""
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        return self.patch_embedding, self.position_embedding
+    def _projection(self) -> nn.Module:
+        return self.patch_embedding
+
+    def _reason_to_call(self) -> str | None:
+        return reason_to_look_up(self.position_embedding)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """Tokens (B, n, D) of pixel_values (B, 3, H, W), or uint8 in `layout`."""
         images = self._images(pixel_values)
-        conv = self.patch_embedding
         if self.reason_not_eligible():
-            return super().forward(self._floats(images, conv.weight.dtype), interpolate_pos_encoding)
+            return super().forward(self._floats(images, self.patch_embedding), interpolate_pos_encoding)
+        conv = self.patch_embedding
         position = self.position_embedding.weight
         if interpolate_pos_encoding:
             position = _interpolated(position, images, conv.weight, (self.image_size, self.image_size))
@@ -84,8 +90,8 @@ class SiglipVisionEmbeddings(Stem, modeling_siglip.SiglipVisionEmbeddings):
 class ViTPatchEmbeddings(Stem, modeling_vit.ViTPatchEmbeddings):
     """transformers' ViTPatchEmbeddings: patches only."""
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        return (self.projection,)
+    def _projection(self) -> nn.Module:
+        return self.projection
 
     def forward(self, pixel_values: Tensor, **unchecked: Any) -> Tensor:
         """Tokens (B, n, D) of pixel_values (B, C, H, W), or uint8 in `layout`.
@@ -99,7 +105,7 @@ class ViTPatchEmbeddings(Stem, modeling_vit.ViTPatchEmbeddings):
         if unchecked.get("interpolate_pos_encoding") is False:
             _check_size(self, images, self.image_size)
         if self.reason_not_eligible():
-            return super().forward(self._floats(images, self.projection.weight.dtype), **unchecked)
+            return super().forward(self._floats(images, self.projection), **unchecked)
         return self._embed(images, self.projection.weight, self.projection.bias)
 
 
@@ -110,8 +116,14 @@ class ViTEmbeddings(Stem, modeling_vit.ViTEmbeddings):
     `model.embeddings` itself.
     """
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        return self.patch_embeddings.projection, self.patch_embeddings
+    def _projection(self) -> nn.Module:
+        return self.patch_embeddings.projection
+
+    def _reason_to_call(self) -> str | None:
+        patches = self.patch_embeddings
+        if type(patches) is ViTPatchEmbeddings:  # computes the same
+            return reason_to_call(patches)
+        return reason_to_call(patches, modeling_vit.ViTPatchEmbeddings)
 
     def forward(
         self,
@@ -128,14 +140,15 @@ class ViTEmbeddings(Stem, modeling_vit.ViTEmbeddings):
                 token for bool_masked_pos.
         """
         images = self._images(pixel_values)
-        if not interpolate_pos_encoding:
-            _check_size(self, images, self.patch_embeddings.image_size)
-        conv = self.patch_embeddings.projection
         if self.reason_not_eligible():
-            return super().forward(self._floats(images, conv.weight.dtype), bool_masked_pos, interpolate_pos_encoding)
+            floats = self._floats(images, self.patch_embeddings)
+            return super().forward(floats, bool_masked_pos, interpolate_pos_encoding)
+        size, conv = self.patch_embeddings.image_size, self.patch_embeddings.projection
+        if not interpolate_pos_encoding:
+            _check_size(self, images, size)
         position = self.position_embeddings[0]
         if interpolate_pos_encoding:
-            position = _interpolated(position, images, conv.weight, self.patch_embeddings.image_size, prefix_tokens=1)
+            position = _interpolated(position, images, conv.weight, size, prefix_tokens=1)
         tokens = self._embed(images, conv.weight, conv.bias, prefix=self.cls_token[0], position=position)
         if bool_masked_pos is not None:
             tokens = _masked(self, tokens, bool_masked_pos, self.mask_token, position)
@@ -145,8 +158,12 @@ class ViTEmbeddings(Stem, modeling_vit.ViTEmbeddings):
 class FlavaImageEmbeddings(Stem, modeling_flava.FlavaImageEmbeddings):
     """transformers' FlavaImageEmbeddings: patches, mask token, class token, positions, dropout."""
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        return self.patch_embeddings.projection, self.patch_embeddings
+    def _projection(self) -> nn.Module:
+        return self.patch_embeddings.projection
+
+    def _reason_to_call(self) -> str | None:
+        patches = self.patch_embeddings
+        return reason_to_call(patches, modeling_flava.PatchEmbeddings)
 
     def forward(
         self,
@@ -162,12 +179,12 @@ class FlavaImageEmbeddings(Stem, modeling_flava.FlavaImageEmbeddings):
             ValueError: as `ViTEmbeddings`.
         """
         images = self._images(pixel_values)
-        size = self.patch_embeddings.image_size
+        if self.reason_not_eligible():
+            floats = self._floats(images, self.patch_embeddings)
+            return super().forward(floats, bool_masked_pos, interpolate_pos_encoding)
+        size, conv = self.patch_embeddings.image_size, self.patch_embeddings.projection
         if not interpolate_pos_encoding:
             _check_size(self, images, size)
-        conv = self.patch_embeddings.projection
-        if self.reason_not_eligible():
-            return super().forward(self._floats(images, conv.weight.dtype), bool_masked_pos, interpolate_pos_encoding)
         position = self.position_embeddings[0]
         if interpolate_pos_encoding:
             position = _interpolated(position, images, conv.weight, size, prefix_tokens=1)
@@ -183,8 +200,8 @@ class Siglip2VisionEmbeddings(Stem, modeling_siglip2.Siglip2VisionEmbeddings):
     The original asks the device for the size of every image; here sizes stay where they are.
     """
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        return self.patch_embedding, self.position_embedding
+    def _projection(self) -> nn.Module:
+        return self.patch_embedding
 
     def forward(self, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
         """Tokens (B, L, D).
@@ -196,15 +213,16 @@ class Siglip2VisionEmbeddings(Stem, modeling_siglip2.Siglip2VisionEmbeddings):
         Raises:
             ValueError: as `vlmfast.nn.interpolate_position_per_image`.
         """
-        linear, length, p = self.patch_embedding, pixel_values.shape[1], self.patch_size
+        length, p = pixel_values.shape[1], self.patch_size
         # An image of L patches, one below the other.
         images = pixel_values.unflatten(2, (p, p, -1)).flatten(1, 2).permute(0, 3, 1, 2)
         if self.reason_not_eligible():
-            floats = self._floats(images, linear.weight.dtype)
+            floats = self._floats(images, self.patch_embedding)
             return super().forward(floats.permute(0, 2, 3, 1).reshape(pixel_values.shape), spatial_shapes)
         position = interpolate_position_per_image(
             self.position_embedding.weight, spatial_shapes.to(self.position_embedding.weight.device), length
         )
+        linear = self.patch_embedding
         weight = linear.weight.unflatten(1, (p, p, -1)).permute(0, 3, 1, 2)
         return self._embed(images, weight, linear.bias, position=position)
 
@@ -216,17 +234,17 @@ class Qwen2VLPatchEmbed(Stem, modeling_qwen2_vl.PatchEmbed):
     `model.visual` itself.
     """
 
-    def _not_called(self) -> Sequence[nn.Module]:
-        return (self.proj,)
+    def _projection(self) -> nn.Module:
+        return self.proj
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Tokens (N, D) of hidden_states (N, C * T * p * p), normalised floats or uint8; entries in that order."""
-        weight = self.proj.weight.flatten(2, 3)
         # One image of one patch each, (T * p, p).
-        images = hidden_states.reshape(-1, *weight.shape[1:])
+        p = self.patch_size
+        images = hidden_states.reshape(-1, self.in_channels, self.temporal_patch_size * p, p)
         if self.reason_not_eligible():
-            return super().forward(self._floats(images, weight.dtype))
-        return self._embed(images, weight, self.proj.bias).squeeze(1)
+            return super().forward(self._floats(images, self.proj))
+        return self._embed(images, self.proj.weight.flatten(2, 3), self.proj.bias).squeeze(1)
 
 
 def _check_size(stem: nn.Module, images: Tensor, size: Sequence[int]) -> None:

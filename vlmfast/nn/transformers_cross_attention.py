@@ -4,12 +4,15 @@ Each class is the original with another forward, so constructor, state_dict, ini
 are the original's; `from_module` makes one of a layer that is there, over the same parameters and submodules. Attention
 weights are not returned (output_attentions has none of these layers), and attention dropout, IDEFICS' other dropout
 with it, is refused in training.
+
+Projections, norms and feed-forwards are called, whatever stands in their places. A layer's `cross_attn` is not: where
+it is not of transformers' very class any more, has hooks or another forward, the original's forward runs and calls it.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +21,8 @@ from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.idefics import modeling_idefics as idefics
 from transformers.models.mllama import modeling_mllama as mllama
 
-from vlmfast.nn._attention import intervals, key_bias, merge_heads, split_heads
-from vlmfast.ops import gated_residual, media_attention
+from vlmfast.nn._attention import add_gated, attend, intervals, key_bias, merge_heads, split_heads
+from vlmfast.nn._stem import forward_replaced, reason_to_call
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -30,9 +33,18 @@ class IdeficsGatedCrossAttentionLayer(idefics.IdeficsGatedCrossAttentionLayer):
     A token that no image is for has the attention's 0, with or without cross_attention_gate.
     """
 
+    def reason_not_eligible(self) -> str | None:
+        """Why the original's forward runs, or None."""
+        return reason_to_call(self.cross_attn, idefics.IdeficsAttention)
+
     @classmethod
     def from_module(cls, original: nn.Module) -> IdeficsGatedCrossAttentionLayer:
-        """One over the parameters and submodules of transformers' layer."""
+        """One over the parameters and submodules of transformers' layer.
+
+        Raises:
+            TypeError: original is not such a layer.
+            ValueError: its cross_attn must be called, or its forward was replaced.
+        """
         return _over(cls, idefics.IdeficsGatedCrossAttentionLayer, original)
 
     def forward(
@@ -68,8 +80,27 @@ class IdeficsGatedCrossAttentionLayer(idefics.IdeficsGatedCrossAttentionLayer):
             (B, L, D).
         Raises:
             ValueError: there are no images, shapes disagree, both kinds of mask are given, dropout in training, or, on
-                a CPU outside torch.compile, a token does not see an interval.
+                a CPU outside torch.compile, a token does not see an interval; where the original's forward runs, what
+                that does not take.
         """
+        media: dict[str, Any] = {
+            "media_lo": media_lo,
+            "media_hi": media_hi,
+            "tokens_per_media": tokens_per_media,
+            "media_len": media_len,
+        }
+        if reason := self.reason_not_eligible():
+            _only_of_the_original("IdeficsGatedCrossAttentionLayer", reason, media)
+            out: Tensor = super().forward(
+                hidden_states,
+                attention_mask,
+                image_hidden_states,
+                image_attention_mask,
+                cross_attention_gate,
+                past_key_values,
+                **kwargs,
+            )
+            return out
         attention = self.cross_attn
         _no_attention_dropout("IdeficsGatedCrossAttentionLayer", self, attention.dropout)
         if image_hidden_states is not None:
@@ -87,18 +118,14 @@ class IdeficsGatedCrossAttentionLayer(idefics.IdeficsGatedCrossAttentionLayer):
         q = split_heads(attention.q_proj(self.input_layernorm(hidden_states)), attention.num_heads)
         if attention.qk_layer_norms:
             q = attention.q_layer_norm(q).to(v.dtype)
-        media: dict[str, Any] = {
-            "media_lo": media_lo,
-            "media_hi": media_hi,
-            "tokens_per_media": tokens_per_media,
-            "media_len": media_len,
-        }
         if image_attention_mask is not None:
             media = _media_of_keys("IdeficsGatedCrossAttentionLayer", image_attention_mask, None, k, media)
-        out = attention.o_proj(merge_heads(media_attention(q, k, v, scale=attention.scaling, **media)))
+        out = attention.o_proj(merge_heads(attend(q, k, v, scale=attention.scaling, **media)))
         row_mask = None if cross_attention_gate is None else cross_attention_gate != 0
-        hidden_states = gated_residual(hidden_states, out, self.alpha_cross_attn, row_mask=row_mask)
-        return gated_residual(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)), self.alpha_dense)
+        gate = _gate(self.alpha_cross_attn, self.act_cross_attn)
+        hidden_states = add_gated(hidden_states, out, **gate, row_mask=row_mask)
+        out = self.mlp(self.post_attention_layernorm(hidden_states))
+        return add_gated(hidden_states, out, **_gate(self.alpha_dense, self.act_dense))
 
 
 class MllamaCrossAttentionDecoderLayer(mllama.MllamaCrossAttentionDecoderLayer):
@@ -116,9 +143,17 @@ class MllamaCrossAttentionDecoderLayer(mllama.MllamaCrossAttentionDecoderLayer):
         super().__init__(config, layer_idx)
         self.empty = _known_empty(empty)
 
+    def reason_not_eligible(self) -> str | None:
+        """Why the original's forward runs, or None."""
+        return reason_to_call(self.cross_attn, mllama.MllamaTextCrossAttention)
+
     @classmethod
     def from_module(cls, original: nn.Module, empty: str = "zero") -> MllamaCrossAttentionDecoderLayer:
-        """One over the parameters and submodules of transformers' layer."""
+        """One over the parameters and submodules of transformers' layer.
+
+        Raises:
+            TypeError, ValueError: as `IdeficsGatedCrossAttentionLayer.from_module`; empty is neither.
+        """
         layer = _over(cls, mllama.MllamaCrossAttentionDecoderLayer, original)
         layer.empty = _known_empty(empty)
         return layer
@@ -159,12 +194,34 @@ class MllamaCrossAttentionDecoderLayer(mllama.MllamaCrossAttentionDecoderLayer):
             (B, L, D).
         Raises:
             ValueError: there are no images, shapes disagree, both kinds of mask are given, dropout in training, or, on
-                a CPU outside torch.compile, a token does not see an interval.
+                a CPU outside torch.compile, a token does not see an interval; where the original's forward runs, what
+                that does not do, empty="zero" among it.
         """
+        media: dict[str, Any] = {
+            "media_lo": media_lo,
+            "media_hi": media_hi,
+            "tokens_per_media": tokens_per_media,
+            "media_len": media_len,
+        }
+        if reason := self.reason_not_eligible():
+            _only_of_the_original("MllamaCrossAttentionDecoderLayer", reason, media, empty=self.empty)
+            out: Tensor = super().forward(
+                hidden_states,
+                cross_attention_states,
+                cross_attention_mask,
+                attention_mask,
+                full_text_row_masked_out_mask,
+                position_ids,
+                past_key_values,
+                use_cache,
+                position_embeddings,
+                **kwargs,
+            )
+            return out
         attention = self.cross_attn
         _no_attention_dropout("MllamaCrossAttentionDecoderLayer", self, attention.dropout)
         if cross_attention_states is not None:
-            states = cross_attention_states.reshape(len(hidden_states), -1, cross_attention_states.shape[-1])
+            states = cross_attention_states.reshape(hidden_states.shape[0], -1, cross_attention_states.shape[-1])
             k, v = (split_heads(t(states), attention.num_key_value_heads) for t in (attention.k_proj, attention.v_proj))
             k = attention.k_norm(k).to(v.dtype)
             if past_key_values is not None:
@@ -177,20 +234,14 @@ class MllamaCrossAttentionDecoderLayer(mllama.MllamaCrossAttentionDecoderLayer):
         q = attention.q_norm(q).to(v.dtype)
         full_rows = full_text_row_masked_out_mask
         row_mask = None if full_rows is None else full_rows[:, 0, :, 0] != 0
-        media: dict[str, Any] = {
-            "media_lo": media_lo,
-            "media_hi": media_hi,
-            "tokens_per_media": tokens_per_media,
-            "media_len": media_len,
-        }
         if cross_attention_mask is not None:
             media = _media_of_keys("MllamaCrossAttentionDecoderLayer", cross_attention_mask, row_mask, k, media)
-        out = media_attention(q, k, v, scale=attention.scaling, empty=self.empty, **media)
-        hidden_states = gated_residual(hidden_states, attention.o_proj(merge_heads(out)), self.cross_attn_attn_gate)
+        out = attend(q, k, v, scale=attention.scaling, empty=self.empty, **media)
+        hidden_states = add_gated(hidden_states, attention.o_proj(merge_heads(out)), self.cross_attn_attn_gate)
         out = self.mlp(self.post_attention_layernorm(hidden_states))
         if row_mask is not None:
             row_mask = row_mask.expand(hidden_states.shape[:2])
-        return gated_residual(hidden_states, out, self.cross_attn_mlp_gate, row_mask=row_mask)
+        return add_gated(hidden_states, out, self.cross_attn_mlp_gate, row_mask=row_mask)
 
 
 class GPT2CrossAttention(gpt2.GPT2Attention):
@@ -210,6 +261,11 @@ class GPT2CrossAttention(gpt2.GPT2Attention):
         if not is_cross_attention:
             raise ValueError("GPT2CrossAttention: is_cross_attention must be True; got False")
         super().__init__(config, is_cross_attention=True, layer_idx=layer_idx)
+
+    def reason_not_eligible(self) -> str | None:
+        """Why forward raises, or None."""
+        dropout = self.attn_dropout
+        return reason_to_call(dropout, nn.Identity if type(dropout) is nn.Identity else nn.Dropout)
 
     @classmethod
     def from_module(cls, original: nn.Module) -> GPT2CrossAttention:
@@ -243,7 +299,9 @@ class GPT2CrossAttention(gpt2.GPT2Attention):
             ValueError: encoder_hidden_states is missing, shapes disagree, attention dropout in training, or, on a CPU
                 outside torch.compile, a mask that is not the same for all queries.
         """
-        _no_attention_dropout("GPT2CrossAttention", self, self.attn_dropout.p)
+        if reason := self.reason_not_eligible():
+            raise ValueError(f"GPT2CrossAttention: attn_dropout must be torch's own Dropout or Identity: {reason}")
+        _no_attention_dropout("GPT2CrossAttention", self, getattr(self.attn_dropout, "p", 0.0))
         if encoder_hidden_states is None:
             raise ValueError("GPT2CrossAttention: encoder_hidden_states must be a tensor; got None")
         cache, filled = past_key_values, False
@@ -259,11 +317,11 @@ class GPT2CrossAttention(gpt2.GPT2Attention):
             if isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values.is_updated[self.layer_idx] = True
         q = split_heads(self.q_attn(hidden_states), self.num_heads)
-        bias = key_bias("GPT2CrossAttention", encoder_attention_mask, len(q), k.shape[2])
+        bias = key_bias("GPT2CrossAttention", encoder_attention_mask, q.shape[0], k.shape[2])
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0  # transformers 5.0 has no `scaling`
         if self.scale_attn_by_inverse_layer_idx:
             scale /= self.layer_idx + 1
-        out = merge_heads(media_attention(q, k, v, key_bias=bias, scale=scale))
+        out = merge_heads(attend(q, k, v, key_bias=bias, scale=scale))
         return self.resid_dropout(self.c_proj(out)), None
 
 
@@ -275,7 +333,26 @@ def _over(cls: type[Layer], base: type[nn.Module], original: nn.Module) -> Layer
         )
     layer: Any = copy.copy(original)
     layer.__class__ = cls
-    return layer
+    layer.__dict__.pop("forward", None)  # the original's own, put back by those who had taken it
+    reason = "its forward was replaced" if forward_replaced(original) else layer.reason_not_eligible()
+    if reason:
+        raise ValueError(f"{cls.__name__}: the original is not eligible: {reason}")
+    return cast(Layer, layer)
+
+
+def _gate(alpha: Tensor, activation: nn.Module) -> dict[str, Any]:
+    """gated_residual's gate: a plain nn.Tanh is computed with the rest, what else stands in its place is called."""
+    if reason_to_call(activation, nn.Tanh):
+        return {"gate": activation(alpha), "activation": "identity"}
+    return {"gate": alpha}
+
+
+def _only_of_the_original(name: str, reason: str, media: dict[str, Any], *, empty: str = "all") -> None:
+    """What only our own forward does must not be lost in silence where the original's runs."""
+    asked = [argument for argument, value in media.items() if value is not None]
+    asked += ["empty='zero'"] if empty == "zero" else []
+    if asked:
+        raise ValueError(f"{name}: {', '.join(asked)} cannot be had: the original's forward runs, as {reason}")
 
 
 def _no_attention_dropout(name: str, layer: nn.Module, probability: float) -> None:
