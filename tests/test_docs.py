@@ -19,7 +19,7 @@ from vlmfast import ops
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-PAGES = ["README.md", "CHANGELOG.md", "kernels/README.md", "examples/pairs/README.md", *(
+PAGES = ["README.md", "CHANGELOG.md", "kernels/README.md", "examples/pairs/README.md", "examples/scenes/README.md", *(
     str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))
 )]  # fmt: skip
 

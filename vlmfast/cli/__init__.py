@@ -16,6 +16,7 @@ import vlmfast
 COMMANDS = {
     "train": ("vlmfast.cli.train", "Pretrain a model on image-text pairs."),
     "eval": ("vlmfast.cli.evaluate", "Retrieval and zero-shot scores of a checkpoint."),
+    "convert": ("vlmfast.cli.convert", "A public data set to tar shards."),
     "bench": ("vlmfast.cli.bench", "Ops and training steps beside what people use instead: time, memory, error."),
     "doctor": ("vlmfast.cli.doctor", "What runs on this machine, why not the rest, and whether it is right."),
 }

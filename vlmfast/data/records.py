@@ -18,6 +18,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "category": (str, int, float),
     "keywords": list,
     "question": str,
+    "questions": list,
     "answers": list,
     "choices": list,
     "answer_index": int,
