@@ -390,11 +390,11 @@ def test_a_cache_is_opened_for_the_images_that_it_is_of(path, tmp_path, members,
     with pytest.raises(ValueError, match=r"holds features of something else; .* Its data was"):
         open_features(tmp_path / "c", other)
     (tmp_path / "c" / "000002.npy").unlink()
-    with pytest.raises(ValueError, match=r"the cache is not complete, 1 files lack; .*000002\.npy is missing"):
+    with pytest.raises(ValueError, match=r"c lacks .*000002\.npy: the cache is not complete"):
         open_features(tmp_path / "c", dataset)
     block = tmp_path / "c" / "000001.npy"
     block.write_bytes(cut(block.read_bytes()))
-    with pytest.raises(ValueError, match=r"2 files lack; .*000001\.npy is damaged \(.*\)"):
+    with pytest.raises(ValueError, match=r".*000001\.npy is damaged \(.+\)$"):
         open_features(tmp_path / "c", dataset)
     with pytest.raises(ValueError, match=r"is no feature cache: it holds no identity\.json"):
         open_features(tmp_path, dataset)

@@ -132,7 +132,7 @@ def _training_data(
             transform=transform,
             keywords=data_args.keywords,
             seed=args.seed,
-            min_batch=2,  # a contrastive loss tells a pair from another
+            min_batch=min(2, args.train_batch_size),  # a contrastive loss tells a pair from another
         )
 
     folder, crop = data_args.cache_locked_features, (data_args.crop_scale, 1.0)

@@ -38,12 +38,13 @@ DRAWS = 1000  # tries to complete a batch
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample: an image, what is written about it, or features that were computed before.
+    r"""One sample: an image, what is written about it, or features that were computed before.
 
     Attributes:
         image: what the transform makes of it, uint8 (H, W, 3) or, of `two_views`, (2, H, W, 3); or its row of the
             dataset's `features`, where these are single tensors; the first of `images`; None where no image is read.
         caption: not padded with white space; empty where there is none and none is required.
+        key: its name in the source; \xff stands for a byte that is not UTF-8.
         seed: of what is random about the sample once it is in a batch, such as which tokens are masked; a function of
             the dataset's seed, epoch and index.
         record: the JSON object beside the image, or a table's other columns; empty where there is none.
@@ -172,7 +173,7 @@ class ImageTextDataset(Dataset[Sample | None]):
         """(key, caption, category) without reading the image; the caption is None where it is missing or empty."""
         self._check_index(index)
         text = self._pairs.text(index)
-        return self._pairs.key(index), text.caption or None, text.category
+        return self._key(index), text.caption or None, text.category
 
     def fingerprint(self) -> str:
         """A hash of what decides the course of a run, to be compared when it is resumed.
@@ -247,7 +248,7 @@ class ImageTextDataset(Dataset[Sample | None]):
             chosen = generator.permutation(len(keywords))[: generator.integers(1, len(keywords), endpoint=True)]
             caption = " ".join(keywords[k] for k in chosen)
         seed = int(generator.integers(2**63))
-        return Sample(image, caption, self._pairs.key(index), text.category, seed, record, features, images)
+        return Sample(image, caption, self._key(index), text.category, seed, record, features, images)
 
     def _lacks(self, text: Text) -> str | None:
         """The reason why a sample with this text is of no use."""
@@ -287,6 +288,10 @@ class ImageTextDataset(Dataset[Sample | None]):
         except ValueError:
             return "corrupt image"
         return self.transform(image, generator)
+
+    def _key(self, index: int) -> str:
+        """The key as text that can be written: file names need not be UTF-8."""
+        return self._pairs.key(index).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):

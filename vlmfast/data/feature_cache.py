@@ -70,15 +70,15 @@ class FeatureCache(Sequence[Item]):
 
         Cost: every file of these blocks is read, for its checksum.
         """
-        return list(self.faults(rank, world_size))
+        return list(self._faults(rank, world_size))
 
-    def faults(self, rank: int = 0, world_size: int = 1) -> dict[int, str]:
-        """As `missing`, with what is wrong with each block, its file named."""
-        found = {}
+    def _faults(self, rank: int = 0, world_size: int = 1) -> dict[int, str | None]:
+        """As `missing`, with what is wrong with a block, or None where it is not there."""
+        found: dict[int, str | None] = {}
         for block in range(rank, -(-self.num_pairs // self.block_rows), world_size):
             path = self._path(block)
             if not path.exists():
-                found[block] = f"{path} is missing"
+                found[block] = None
             elif damage := feature_blocks.damage(path):
                 found[block] = f"{path} is damaged ({damage})"
         return found
@@ -146,8 +146,8 @@ def open_features(folder: str | os.PathLike[str], dataset: ImageTextDataset) -> 
     for name in ("pairs", "rows per file"):
         identity.pop(name, None)
     cache = FeatureCache(folder, identity, len(dataset))
-    if faults := list(cache.faults().values()):
-        raise ValueError(f"{folder}: the cache is not complete, {len(faults)} files lack; {faults[0]}")
+    for block, damage in cache._faults().items():
+        raise ValueError(damage or f"{folder} lacks {cache._path(block)}: the cache is not complete")
     return cache
 
 
@@ -184,10 +184,9 @@ def cache_features(
     """
     identity = {"model": model, "data": dataset.image_fingerprint(), "transform": repr(dataset.transform)}
     cache = FeatureCache(folder, identity, len(dataset))
-    faults = cache.faults(rank, world_size)
-    for fault in faults.values():
-        if not fault.endswith("is missing"):
-            warnings.warn(f"{fault}; it is made again", stacklevel=2)
+    faults = cache._faults(rank, world_size)
+    for damage in filter(None, faults.values()):
+        warnings.warn(f"{damage}; it is made again", stacklevel=2)
     mine = list(faults)
     batches = {
         block: [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
