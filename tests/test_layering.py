@@ -19,10 +19,10 @@ ALLOWED = {
     "integrations": {"nn", "ops"},
     "data": set(),
     "training": {"data", "distributed", "ops"},
-    "evaluation": {"data", "distributed", "ops"},
+    "tasks": {"data", "distributed", "ops"},
     "bench": {"ops", "integrations"},
     "doctor": {"bench", "ops"},
-    "cli": {"bench", "doctor", "data", "training", "evaluation", "models", "ops", "distributed", "nn"},
+    "cli": {"bench", "doctor", "data", "training", "tasks", "models", "ops", "distributed", "nn"},
     "__main__": {"cli"},
 }
 
@@ -77,7 +77,7 @@ def test_kernels_import_torch_and_triton_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_torch_distributed_below_training_is_in_one_file(path: Path) -> None:
-    if part(path.relative_to(ROOT)) in ("distributed", "training", "evaluation", "cli"):
+    if part(path.relative_to(ROOT)) in ("distributed", "training", "tasks", "cli"):
         return
     assert not any(name.startswith("torch.distributed") for name, _ in imports(path))
     assert "import distributed as dist" not in path.read_text()

@@ -3,59 +3,123 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlmfast.cli.models import MODELS, existing, image_size, model_class, model_type
+from vlmfast.tasks import TASKS, default_task, task_class
+
+if TYPE_CHECKING:
+    from vlmfast.models.contract import Options
+
+
+@dataclass
+class EvalArguments:
+    """What `vlmfast eval` takes besides the flags of the task."""
+
+    checkpoint: str = field(metadata={"help": "Folder or name of a trained model."})
+    data: str = field(metadata={"help": "Shards, a table or a folder of samples to score the model on."})
+    task: str | None = field(
+        default=None, metadata={"help": f"{', '.join(TASKS)}; by default the first of the model's."}
+    )
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Name of a model, or package.module:Class; by default what the checkpoint says that it is."},
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Folder or name; by default the checkpoint's own."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the images, where the checkpoint's config has none."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a text at most; by default what the model was made for."}
+    )
+    batch_size: int = field(default=256, metadata={"help": "Samples per forward pass."})
+    num_workers: int = field(default=2, metadata={"help": "Processes that decode images."})
+    device: str | None = field(default=None, metadata={"help": "By default a GPU where there is one."})
+    output: Path | None = field(default=None, metadata={"help": "Write the scores to this JSON file."})
+    report: Path | None = field(default=None, metadata={"help": "Write a picture of what the model does to this PNG."})
 
 
 def run(arguments: Sequence[str]) -> int:
     """Scores as a table, as JSON with --output and as a picture with --report."""
-    parser = argparse.ArgumentParser(prog="vlmfast eval", description="Retrieval and zero-shot scores of a checkpoint.")
-    parser.add_argument("--model", choices=list(MODELS), help="by default what the checkpoint says that it is")
-    parser.add_argument("--checkpoint", required=True, help="folder or name of a trained model")
-    parser.add_argument("--data", required=True, help="shards, a table or a folder of image-text pairs")
-    parser.add_argument("--tokenizer", help="folder or name; by default the checkpoint's own")
-    parser.add_argument("--image-size", type=int, help="side of the images, where the checkpoint's config has none")
-    parser.add_argument(
-        "--max-length", type=int, help="tokens of a caption at most; by default what the model was made for"
-    )
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", help="by default a GPU where there is one")
-    parser.add_argument("--output", type=Path, help="write the scores to this JSON file")
-    parser.add_argument("--report", type=Path, help="write queries and what they retrieve to this PNG file")
-    options = parser.parse_args(arguments)
-
+    import torch
+    from transformers import HfArgumentParser
     from transformers.utils import logging
 
-    from vlmfast.data import ImageTextDataset, eval_transform, load_tokenizer
-    from vlmfast.evaluation import evaluate, write_report
+    from vlmfast.data import load_tokenizer
+    from vlmfast.models.contract import existing
 
-    for path in (options.output, options.report):
+    # The task decides which flags there are, and the model which task it is.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--task", "--model", "--checkpoint"):
+        early.add_argument(name)
+    known, _ = early.parse_known_args(arguments)
+    cls: Any = _model_class(known.model, known.checkpoint) if known.checkpoint else None
+    task_name = known.task or (default_task(cls) if cls else next(iter(TASKS)))
+    task = task_class(task_name)
+    description = f"Scores of a checkpoint on the task {task_name}."
+    parser = HfArgumentParser((EvalArguments, task.Options), prog="vlmfast eval", description=description)
+    chosen = vars(parser.parse_args(list(arguments)))
+    args, task_options = (
+        kind(**{f.name: chosen[f.name] for f in dataclasses.fields(kind) if f.init})
+        for kind in (EvalArguments, task.Options)
+    )
+
+    for path in (args.output, args.report):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
-    name = options.model or model_type(options.checkpoint)
-    model = model_class(name).from_pretrained(existing(options.checkpoint))
-    tokenizer = load_tokenizer(options.tokenizer or options.checkpoint)
-    dataset = ImageTextDataset(options.data, transform=eval_transform(image_size(model, options.image_size)))
-    scores = evaluate(
+    model = cls.from_pretrained(existing(args.checkpoint))
+    scores = task(task_options).evaluate(
         model,
-        dataset,
-        tokenizer,
-        max_length=options.max_length or model.config.text_config.max_position_embeddings,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        device=options.device,
+        args.data,
+        load_tokenizer(args.tokenizer or args.checkpoint),
+        _model_options(model, args),
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
     )
-    scores.arguments.update(checkpoint=options.checkpoint, data=options.data)
+    scores.arguments.update(checkpoint=args.checkpoint, data=args.data)
     print(scores.table())
-    if options.output:
-        options.output.write_text(json.dumps(scores.to_dict(), indent=2) + "\n")
-        print(f"scores: {options.output}")
-    if options.report:
-        write_report(options.report, scores, dataset)
-        print(f"report: {options.report}")
+    if args.output:
+        args.output.write_text(json.dumps(scores.to_dict(), indent=2) + "\n")
+        print(f"scores: {args.output}")
+    if args.report:
+        scores.report(args.report)
+        print(f"report: {args.report}")
     return 0
+
+
+def _model_class(name: str | None, checkpoint: str) -> Any:
+    """The class that --model names, or the model_type of the checkpoint."""
+    from transformers import PreTrainedConfig
+
+    from vlmfast.cli import models
+    from vlmfast.models.contract import ImageTextOptions, Pretrainable, existing
+
+    if name is None:
+        name = str(PreTrainedConfig.get_config_dict(existing(checkpoint))[0].get("model_type"))
+    # Until the classes extend Pretrainable themselves.
+    cls = models.model_class(name)
+    return type(cls.__name__, (Pretrainable, cls), {"Options": ImageTextOptions, "tasks": ("retrieval", "zero_shot")})
+
+
+def _model_options(model: Any, args: EvalArguments) -> Options:
+    """The model's own options, as they are for evaluation."""
+    options: Options = model.Options(pretrained=args.checkpoint)
+    names = {f.name for f in dataclasses.fields(options)}
+    given = {name: getattr(args, name) for name in ("image_size", "max_length") if getattr(args, name) is not None}
+    for name, value in given.items():
+        if name not in names:
+            raise ValueError(f"--{name.replace('_', '-')}: {type(model).__name__} has no such option")
+        setattr(options, name, value)
+    if "max_length" in names - given.keys():
+        options.max_length = model.max_text_length  # type: ignore[attr-defined]
+    own = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
+    if "image_size" in names - given.keys() and own is None:
+        raise ValueError("--image-size is needed: the config of this checkpoint has no image_size")
+    object.__setattr__(options, "typed", frozenset(given))
+    return options

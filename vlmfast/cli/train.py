@@ -172,17 +172,12 @@ def _evaluator(data_args: DataArguments, tokenizer: Any, image_size: int, args: 
         if args.eval_strategy != "no":
             raise ValueError("--eval-strategy needs --val-data")
         return None
-    from vlmfast.data import ImageTextDataset, eval_transform
-    from vlmfast.evaluation import evaluate
+    from vlmfast.data import Collator, ImageTextDataset, eval_transform
+    from vlmfast.tasks.retrieval import evaluate
 
     dataset = ImageTextDataset(data_args.val_data, transform=eval_transform(image_size))
-
-    def scores(model: Any) -> dict[str, float]:
-        found = evaluate(model, dataset, tokenizer, max_length=data_args.max_length, device=args.device, progress=False)
-        directions = {"image_to_text": found.image_to_text, "text_to_image": found.text_to_image}
-        return {f"{name}_R@{k}": value for name, side in directions.items() for k, value in side.recall.items()}
-
-    return scores
+    collator = Collator(tokenizer, max_length=data_args.max_length)
+    return lambda model: evaluate(model, dataset, collator, device=args.device, progress=False).metrics
 
 
 def _record(model_args: ModelArguments, data_args: DataArguments, args: Any) -> dict[str, Any]:

@@ -1,22 +1,27 @@
-"""`evaluate`: retrieval and zero-shot scores of a model on a dataset of pairs, and the record of a run."""
+"""Retrieval in both directions, and zero-shot classification beside it where the samples have categories.
+
+Blind, a model is at chance by construction: a ranking that ignores the query is a random order of the gallery. So
+chance stands beside the scores, and no second pass is made.
+"""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from os import PathLike
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from vlmfast.evaluation.encode import Features, encode_dataset, encode_texts, place
-from vlmfast.evaluation.retrieval import Recall, caption_groups, recall_at_k
-from vlmfast.evaluation.zero_shot import TEMPLATES, ZeroShot, class_embeddings, classify, prompts
+from vlmfast.tasks.batches import place
+from vlmfast.tasks.encode import Features, encode_dataset
+from vlmfast.tasks.search import Recall, caption_groups, recall_at_k
+from vlmfast.tasks.task import Run, Scores, Task, align, listed, percent, versions
+from vlmfast.tasks.zero_shot import TEMPLATES, ZeroShot, prompts, zero_shot_rows, zero_shot_scores
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Scores):
     """Scores as fractions in [0, 1], with what is needed to get them again.
 
     Attributes:
@@ -24,6 +29,7 @@ class Evaluation:
         arguments: of `evaluate`; a caller may add its own, such as the checkpoint and the data.
         groups (N,): int64; pairs with equal ids counted as matches of one another.
         features: what the scores were computed from; not part of the record.
+        dataset: what was evaluated; it gives the report its images.
     """
 
     image_to_text: Recall
@@ -32,6 +38,22 @@ class Evaluation:
     arguments: dict[str, Any]
     groups: torch.Tensor = field(repr=False)
     features: Features = field(repr=False)
+    dataset: Any = field(repr=False, default=None)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`image_to_text_R@1` and so on, and `zero_shot_top-1` where there are classes."""
+        directions = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
+        found = {f"{name}_R@{k}": value for name, side in directions.items() for k, value in side.recall.items()}
+        if self.zero_shot is not None:
+            found |= self.zero_shot.metrics
+        return found
+
+    def report(self, path: str | PathLike[str]) -> None:
+        """See `vlmfast.tasks.report.write_report`."""
+        from vlmfast.tasks.report import write_report
+
+        write_report(path, self, self.dataset)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON types."""
@@ -41,9 +63,9 @@ class Evaluation:
             "skipped": dict(self.features.skipped),
             "image_to_text": _recall_dict(self.image_to_text),
             "text_to_image": _recall_dict(self.text_to_image),
-            "zero_shot": None if self.zero_shot is None else _zero_shot_dict(self.zero_shot),
+            "zero_shot": None if self.zero_shot is None else self.zero_shot.to_dict(),
             "arguments": dict(self.arguments),
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def table(self) -> str:
@@ -51,21 +73,12 @@ class Evaluation:
         ks = list(self.image_to_text.recall)
         rows = [["retrieval", *(f"R@{k}" for k in ks), "median rank"]]
         for name, scores in (("image -> text", self.image_to_text), ("text -> image", self.text_to_image)):
-            rows.append([name, *(_percent(scores.recall[k]) for k in ks), f"{scores.median_rank:g}"])
+            rows.append([name, *(percent(scores.recall[k]) for k in ks), f"{scores.median_rank:g}"])
         # Both directions share one chance level: queries and gallery are the same pairs, with the same groups.
-        rows.append(["chance", *(_percent(self.image_to_text.chance[k]) for k in ks), ""])
-        text = _align(rows)
+        rows.append(["chance", *(percent(self.image_to_text.chance[k]) for k in ks), ""])
+        text = align(rows)
         if self.zero_shot is not None:
-            zero_shot = self.zero_shot
-            blank = [""] * (len(zero_shot.accuracy) - 1)
-            text += "\n\n" + _align(
-                [
-                    ["zero-shot", *(f"top-{k}" for k in zero_shot.accuracy), "mean per class"],
-                    ["image -> class", *map(_percent, zero_shot.accuracy.values()), _percent(zero_shot.mean_per_class)],
-                    ["chance", *map(_percent, zero_shot.chance.values()), _percent(zero_shot.chance[1])],
-                    ["majority class", _percent(zero_shot.majority), *blank, _percent(zero_shot.chance[1])],
-                ]
-            )
+            text += "\n\n" + align(zero_shot_rows(self.zero_shot))
         return f"{text}\n\n{self._counts()}"
 
     def _counts(self) -> str:
@@ -73,16 +86,14 @@ class Evaluation:
         text = f"{len(captions)} pairs, {len(set(captions))} distinct captions"
         if self.zero_shot is not None:
             text += f"; {self.zero_shot.num_images} images in {len(self.zero_shot.classes)} classes"
-        reasons = [f"{count} {reason}" for reason, count in self.features.skipped.items() if count]
-        return f"{text}; skipped: {', '.join(reasons) if reasons else 'none'}"
+        return f"{text}; skipped: {listed(self.features.skipped)}"
 
 
 def evaluate(
     model: Any,
     dataset: Any,
-    tokenizer: Any,
+    collator: Any,
     *,
-    max_length: int,
     batch_size: int = 256,
     num_workers: int = 0,
     device: torch.device | str | None = None,
@@ -96,8 +107,8 @@ def evaluate(
     A k larger than the number of pairs is left out. Samples without a category take no part in the classification.
 
     Args:
-        model, dataset, tokenizer, max_length, batch_size, num_workers, device, autocast, progress: as in
-            `encode_dataset`.
+        model, dataset, collator, batch_size, num_workers, device, autocast, progress: as in `encode_dataset`; the
+            collator has `tokens`, as in `encode_texts`.
         templates: prompts, each with one `{}` for the name of the category.
         positives: "caption" counts every pair with the identical caption string as a match, "pair" the query's own pair
             alone, which is the standard protocol. They differ only where captions repeat.
@@ -111,11 +122,10 @@ def evaluate(
     features = encode_dataset(
         model,
         dataset,
-        tokenizer,
+        collator,
         batch_size=batch_size,
         num_workers=num_workers,
         device=device,
-        max_length=max_length,
         autocast=autocast,
         progress=progress,
     )
@@ -128,34 +138,19 @@ def evaluate(
     text_to_image = recall_at_k(text, image, ks=ks, positives=(groups, groups))
 
     zero_shot = None
-    labelled = [row for row, category in enumerate(features.categories) if category is not None]
-    classes = sorted({category for category in features.categories if category is not None})
-    if len(classes) > 1:
-        class_features = class_embeddings(
-            encode_texts(
-                model,
-                prompts(classes, templates),
-                tokenizer,
-                batch_size=batch_size,
-                device=device,
-                max_length=max_length,
-                autocast=autocast,
-            ),
-            len(templates),
+    if len({category for category in features.categories if category is not None}) > 1:
+        zero_shot = zero_shot_scores(
+            model, features.image, features.categories, collator, templates, batch_size, device, autocast
         )
-        number = {name: index for index, name in enumerate(classes)}
-        labels = torch.tensor([number[category] for category in features.categories if category is not None])
-        zero_shot = classify(features.image[labelled], labels, class_features, classes)
-
     arguments = {
-        "max_length": max_length,
+        "max_length": getattr(collator, "max_length", None),
         "batch_size": batch_size,
         "device": str(device),
         "autocast": str(autocast) if autocast is not None else None,
         "templates": list(templates),
         "positives": positives,
     }
-    return Evaluation(image_to_text, text_to_image, zero_shot, arguments, groups, features)
+    return Evaluation(image_to_text, text_to_image, zero_shot, arguments, groups, features, dataset)
 
 
 def _recall_dict(scores: Recall) -> dict[str, Any]:
@@ -166,38 +161,19 @@ def _recall_dict(scores: Recall) -> dict[str, Any]:
     }
 
 
-def _zero_shot_dict(scores: ZeroShot) -> dict[str, Any]:
-    return {
-        **{f"top-{k}": value for k, value in scores.accuracy.items()},
-        "mean_per_class": scores.mean_per_class,
-        "chance": {f"top-{k}": value for k, value in scores.chance.items()},
-        "majority_class": scores.majority,
-        "num_classes": len(scores.classes),
-        "num_images": scores.num_images,
-        "per_class": scores.per_class,
-        "classes": list(scores.classes),
-        "confusion": scores.confusion.tolist(),
-    }
+class Retrieval(Task):
+    """R@1, 5, 10 in both directions; zero-shot classification besides where the samples have two categories or more."""
 
+    methods: ClassVar = (("get_image_features", "get_text_features"),)
+    requires: ClassVar = ("caption",)
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("vlmfast", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # vlmfast run from a source tree
-            found[package] = None
-    return found
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}%"
-
-
-def _align(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)
+    def score(self, run: Run) -> Evaluation:
+        return evaluate(
+            run.model,
+            run.dataset,
+            run.model.collator(run.model_options, run.tokenizer, train=False),
+            batch_size=run.batch_size,
+            num_workers=run.num_workers,
+            device=run.device,
+            progress=run.progress,
+        )

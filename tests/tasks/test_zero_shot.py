@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlmfast.evaluation import class_embeddings, classify, prompts
+from vlmfast.tasks.zero_shot import ZeroShotClassification, class_embeddings, classify, prompts
 
 # Class 0's prompts agree; class 1's are orthogonal, so that their mean has norm 0.71.
 PROMPTS = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
@@ -87,3 +87,48 @@ def test_the_first_of_equally_near_classes_wins() -> None:
 def test_bad_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+class Matching(torch.nn.Module):
+    """Only the cosine of an image and a caption, never features of one."""
+
+    def __init__(self, colours: Any) -> None:
+        super().__init__()
+        self.colours = [colours]  # not a submodule
+        self.transform, self.collator = colours.transform, colours.collator
+        self.rows: list[int] = []
+
+    def match_scores(self, pixel_values: Any, input_ids: Any, attention_mask: Any) -> torch.Tensor:
+        self.rows.append(len(pixel_values))
+        image = self.colours[0].get_image_features(pixel_values)
+        return (image * self.colours[0].get_text_features(input_ids, attention_mask)).sum(dim=1)
+
+
+def test_the_task_by_features_and_by_matching(model: Any, write_pairs: Any, tokenizer: Any, tmp_path: Any) -> None:
+    colours = ("red", "green", "blue", "orange", "cyan", "blue", "yellow")
+    write_pairs(*[(colour, colour) for colour in colours])
+    source = str(tmp_path / "pairs-000.tar")
+    matching = Matching(model.eval())
+    scores = {
+        m: ZeroShotClassification().evaluate(m, source, tokenizer, None, batch_size=36) for m in (model, matching)
+    }
+    assert scores[model].metrics == scores[matching].metrics == {"zero_shot_top-1": 1.0}
+    assert max(matching.rows) == 36  # three images beside two names in six prompts
+    record = scores[matching].to_dict()["zero_shot"]
+    assert (record["majority_class"], record["confusion"]) == (4 / 7, [[4, 0], [0, 3]])
+    assert "majority class   57.1%" in scores[matching].table()
+
+    # A model that takes warm for cold has the features, the order of the samples and the labels to be wrong with.
+    warm, cold = tokenizer.convert_tokens_to_ids(["warm", "cold"])
+    with torch.no_grad():
+        model.table[[warm, cold]] = model.table[[cold, warm]]
+    assert ZeroShotClassification().evaluate(model, source, tokenizer, None).metrics == {"zero_shot_top-1": 0.0}
+    assert ZeroShotClassification().evaluate(matching, source, tokenizer, None).metrics == {"zero_shot_top-1": 0.0}
+    scores[model].report(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_one_category_is_refused(model: Any, write_pairs: Any, tokenizer: Any, tmp_path: Any) -> None:
+    write_pairs(("red", "red"), ("orange", "orange"))
+    with pytest.raises(ValueError, match=r"two categories or more, got \['warm'\]"):
+        ZeroShotClassification().evaluate(model, str(tmp_path / "pairs-000.tar"), tokenizer, None)

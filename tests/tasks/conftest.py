@@ -5,6 +5,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from vlmfast.data import ImageTextDataset, eval_transform
+from vlmfast.data import Collator, ImageTextDataset, eval_transform
 
 COLOURS = {
     "red": (255, 30, 0),
@@ -54,6 +55,12 @@ class ColourModel(nn.Module):
                 self.table[WORDS.index(name)] = self.table[[WORDS.index(word) for word in members]].mean(dim=0)
         self.frozen = nn.Dropout(0.5).eval()
         self.dropout = nn.Dropout(0.5)
+
+    def transform(self, options: None, *, train: bool) -> Any:
+        return eval_transform(8)
+
+    def collator(self, options: None, tokenizer: Any, *, train: bool) -> Collator:
+        return Collator(tokenizer, max_length=4)
 
     @staticmethod
     def centre(colours: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from vlmfast.evaluation import evaluate, write_report
-from vlmfast.evaluation.report import DPI, HEADER, RIGHT, WRONG
+from vlmfast.data import Collator
+from vlmfast.tasks.page import DPI, RIGHT, WRONG
+from vlmfast.tasks.report import HEADER, write_report
+from vlmfast.tasks.retrieval import evaluate
 
 
 def share(path: Path, colour: str) -> float:
@@ -29,7 +31,7 @@ def test_right_and_wrong_matches_are_marked(model: Any, write_pairs: Any, tokeni
     paths = {}
     for positives in ("caption", "pair"):
         paths[positives] = tmp_path / f"{positives}.png"
-        evaluation = evaluate(model, alike, tokenizer, max_length=4, positives=positives)
+        evaluation = evaluate(model, alike, Collator(tokenizer, max_length=4), positives=positives)
         write_report(paths[positives], evaluation, alike)
     assert share(paths["caption"], WRONG) == 0
     assert 0 < share(paths["pair"], RIGHT) < share(paths["caption"], RIGHT)
@@ -39,7 +41,7 @@ def test_right_and_wrong_matches_are_marked(model: Any, write_pairs: Any, tokeni
 def test_the_picture_repeats_and_the_seed_picks_the_queries(
     model: Any, pairs: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    evaluation = evaluate(model, pairs, tokenizer, max_length=4)
+    evaluation = evaluate(model, pairs, Collator(tokenizer, max_length=4))
     for name, seed in (("a", 0), ("b", 0), ("c", 3)):
         write_report(tmp_path / name, evaluation, pairs, num_queries=2, seed=seed)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -56,7 +58,7 @@ def test_a_wrong_match_further_down_is_shown_with_its_rank(
     red, cyan = tokenizer.convert_tokens_to_ids(["red", "cyan"])
     with torch.no_grad():
         model.table[[red, cyan]] = model.table[[cyan, red]]
-    evaluation = evaluate(model, dataset, tokenizer, max_length=4)
+    evaluation = evaluate(model, dataset, Collator(tokenizer, max_length=4))
     assert evaluation.text_to_image.recall[5] < 1  # so that the rank is drawn
     write_report(tmp_path / "a.png", evaluation, dataset)
     assert share(tmp_path / "a.png", RIGHT) > 0
@@ -67,15 +69,17 @@ def test_a_wrong_match_further_down_is_shown_with_its_rank(
 )
 def test_any_caption_can_be_drawn(model: Any, write_pairs: Any, tokenizer: Any, tmp_path: Path, caption: str) -> None:
     dataset = write_pairs(("red", caption))
-    write_report(tmp_path / "a.png", evaluate(model, dataset, tokenizer, max_length=4), dataset)
+    write_report(tmp_path / "a.png", evaluate(model, dataset, Collator(tokenizer, max_length=4)), dataset)
     assert Image.open(tmp_path / "a.png").size[0] > 1000
 
 
 def test_num_queries_is_checked(model: Any, pairs: Any, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_queries: expected at least 1, got 0"):
-        write_report(tmp_path / "a.png", evaluate(model, pairs, tokenizer, max_length=4), pairs, num_queries=0)
+        write_report(
+            tmp_path / "a.png", evaluate(model, pairs, Collator(tokenizer, max_length=4)), pairs, num_queries=0
+        )
 
 
 def test_matplotlib_is_imported_by_write_report_alone() -> None:
-    code = "import sys, vlmfast.evaluation; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, vlmfast.tasks.retrieval; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

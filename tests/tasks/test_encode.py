@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from vlmfast.data import ImageTextDataset
-from vlmfast.evaluation import encode_dataset, encode_texts
+from vlmfast.data import Collator, ImageTextDataset
+from vlmfast.tasks.encode import encode_dataset, encode_texts
 
 NAMES = ["red", "orange", "yellow", "green", "cyan", "blue"]
 
@@ -14,7 +14,7 @@ NAMES = ["red", "orange", "yellow", "green", "cyan", "blue"]
 def test_rows_are_the_readable_pairs_in_order(
     model: Any, colours: ImageTextDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    features = encode_dataset(model, colours, tokenizer, batch_size=4, max_length=4)
+    features = encode_dataset(model, colours, Collator(tokenizer, max_length=4), batch_size=4)
     assert features.captions == NAMES
     assert features.keys == ["0", "1", "2", "3", "4", "5"]
     assert features.indices == [0, 2, 3, 6, 7, 8]
@@ -33,16 +33,16 @@ def test_rows_are_the_readable_pairs_in_order(
 def test_batch_size_and_workers_change_nothing(
     model: Any, colours: ImageTextDataset, tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> None:
-    one = encode_dataset(model, colours, tokenizer, batch_size=3, max_length=4)
+    one = encode_dataset(model, colours, Collator(tokenizer, max_length=4), batch_size=3)
     # At batch size 1 whole batches are skipped; with a worker the count of the skipped crosses processes.
-    other = encode_dataset(model, colours, tokenizer, batch_size=batch_size, num_workers=1, max_length=4)
+    other = encode_dataset(model, colours, Collator(tokenizer, max_length=4), batch_size=batch_size, num_workers=1)
     torch.testing.assert_close(one.image, other.image)
     torch.testing.assert_close(one.text, other.text)
     assert (one.captions, one.indices, one.skipped) == (other.captions, other.indices, other.skipped)
 
 
 def test_features_can_train_a_probe(model: Any, colours: ImageTextDataset, tokenizer: PreTrainedTokenizerFast) -> None:
-    features = encode_dataset(model, colours, tokenizer, max_length=4)
+    features = encode_dataset(model, colours, Collator(tokenizer, max_length=4))
     probe = torch.nn.Linear(3, 1)
     probe(features.image).sum().backward()
     assert probe.weight.grad is not None
@@ -58,9 +58,9 @@ def test_every_module_gets_its_own_mode_back(
 ) -> None:
     before = modes(model)
     assert set(before) == {True, False}
-    encode_dataset(model, colours, tokenizer, max_length=4)
+    encode_dataset(model, colours, Collator(tokenizer, max_length=4))
     assert modes(model) == before
-    encode_texts(model, ["red"], tokenizer, max_length=4)
+    encode_texts(model, ["red"], Collator(tokenizer, max_length=4))
     assert modes(model) == before
 
     class BrokenError(Exception):
@@ -73,10 +73,10 @@ def test_every_module_gets_its_own_mode_back(
 
     model.get_text_features = fail
     with pytest.raises(BrokenError):
-        encode_dataset(model, colours, tokenizer, max_length=4)
+        encode_dataset(model, colours, Collator(tokenizer, max_length=4))
     assert modes(model) == before
     with pytest.raises(BrokenError):
-        encode_texts(model, ["red"], tokenizer, max_length=4)
+        encode_texts(model, ["red"], Collator(tokenizer, max_length=4))
     assert modes(model) == before
     assert not torch.is_inference_mode_enabled()
 
@@ -95,7 +95,7 @@ def test_autocast_is_an_option_and_features_stay_unit_float32(
         return features
 
     model.get_image_features = project
-    features = encode_dataset(model, colours, tokenizer, max_length=4, autocast=autocast)
+    features = encode_dataset(model, colours, Collator(tokenizer, max_length=4), autocast=autocast)
     assert seen == {autocast or torch.float32}
     assert features.image.dtype == torch.float32
     torch.testing.assert_close(features.image.norm(dim=1), torch.ones(6), rtol=1e-6, atol=0)
@@ -104,25 +104,27 @@ def test_autocast_is_an_option_and_features_stay_unit_float32(
 def test_texts_are_encoded_as_captions_are(
     model: Any, colours: ImageTextDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    features = encode_dataset(model, colours, tokenizer, max_length=4)
+    features = encode_dataset(model, colours, Collator(tokenizer, max_length=4))
     # Of different lengths, hence padded, and the last one truncated to the two tokens that count.
     texts = ["red", "<unk> orange", "yellow <unk> <unk>", "green", "cyan", "blue blue red red"]
-    torch.testing.assert_close(encode_texts(model, texts, tokenizer, batch_size=4, max_length=2), features.text)
+    torch.testing.assert_close(
+        encode_texts(model, texts, Collator(tokenizer, max_length=2), batch_size=4), features.text
+    )
 
 
 def test_a_dataset_without_a_readable_pair_raises(model: Any, write_dataset: Any, tokenizer: Any) -> None:
     dataset = write_dataset([("a.png", b"no image"), ("a.txt", b"red"), ("b.png", b""), ("b.txt", b"blue")])
     with pytest.raises(ValueError, match=r"one readable pair, got 2 samples, skipped \{'corrupt image': 2\}"):
-        encode_dataset(model, dataset, tokenizer, max_length=4)
+        encode_dataset(model, dataset, Collator(tokenizer, max_length=4))
     with pytest.raises(ValueError, match="texts: expected at least one"):
-        encode_texts(model, [], tokenizer, max_length=4)
+        encode_texts(model, [], Collator(tokenizer, max_length=4))
 
 
 def test_broken_weights_are_reported(model: Any, colours: ImageTextDataset, tokenizer: PreTrainedTokenizerFast) -> None:
     with torch.no_grad():
         model.table[2:4] = torch.nan
     with pytest.raises(ValueError, match="expected finite text features, got NaN or infinity in 2 rows"):
-        encode_dataset(model, colours, tokenizer, max_length=4)
+        encode_dataset(model, colours, Collator(tokenizer, max_length=4))
 
 
 def test_progress_bar_only_on_a_terminal(
@@ -134,5 +136,5 @@ def test_progress_bar_only_on_a_terminal(
 
     for stream, progress, shown in ((Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)):
         monkeypatch.setattr("sys.stderr", stream)
-        encode_dataset(model, colours, tokenizer, max_length=4, progress=progress)
+        encode_dataset(model, colours, Collator(tokenizer, max_length=4), progress=progress)
         assert ("encode" in stream.getvalue()) == shown

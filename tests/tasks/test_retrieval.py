@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from vlmfast.evaluation import evaluate
+from vlmfast.data import Collator
+from vlmfast.tasks.retrieval import evaluate
 
 TEMPLATES = ["{}", "a {}"]
 
 
 def test_a_model_that_knows_the_colours(model: Any, colours: Any, tokenizer: Any) -> None:
-    evaluation = evaluate(model, colours, tokenizer, max_length=4, templates=TEMPLATES, batch_size=4)
+    evaluation = evaluate(model, colours, Collator(tokenizer, max_length=4), templates=TEMPLATES, batch_size=4)
     for direction in (evaluation.image_to_text, evaluation.text_to_image):
         assert direction.recall == {1: 1.0, 5: 1.0}  # no R@10 among six pairs
         assert direction.chance == pytest.approx({1: 1 / 6, 5: 5 / 6})
@@ -26,7 +27,7 @@ def test_a_model_that_confuses_two_colours(model: Any, colours: Any, tokenizer: 
     red, blue = tokenizer.convert_tokens_to_ids(["red", "blue"])
     with torch.no_grad():
         model.table[[red, blue]] = model.table[[blue, red]]
-    evaluation = evaluate(model, colours, tokenizer, max_length=4, templates=TEMPLATES)
+    evaluation = evaluate(model, colours, Collator(tokenizer, max_length=4), templates=TEMPLATES)
     assert evaluation.image_to_text.recall[1] == evaluation.text_to_image.recall[1] == pytest.approx(4 / 6)
     assert evaluation.zero_shot is not None  # "warm" and "cold" are as they were
     assert evaluation.zero_shot.accuracy == {1: 1.0}
@@ -34,18 +35,18 @@ def test_a_model_that_confuses_two_colours(model: Any, colours: Any, tokenizer: 
 
 def test_repeated_captions_under_both_protocols(model: Any, write_pairs: Any, tokenizer: Any) -> None:
     dataset = write_pairs(("blue", "blue"), ("red", "red"), ("red", "red"), ("green", "green"))
-    caption = evaluate(model, dataset, tokenizer, max_length=4, positives="caption")
-    single = evaluate(model, dataset, tokenizer, max_length=4, positives="pair")
+    caption = evaluate(model, dataset, Collator(tokenizer, max_length=4), positives="caption")
+    single = evaluate(model, dataset, Collator(tokenizer, max_length=4), positives="pair")
     assert caption.text_to_image.recall == caption.image_to_text.recall == {1: 1.0}
     assert single.text_to_image.recall == single.image_to_text.recall == {1: 0.75}  # the second red ties with the first
     assert caption.text_to_image.chance[1] == pytest.approx((1 / 4 + 2 / 4 + 2 / 4 + 1 / 4) / 4)
     assert single.text_to_image.chance[1] == 0.25
     with pytest.raises(ValueError, match="positives: expected 'caption' or 'pair', got 'image'"):
-        evaluate(model, dataset, tokenizer, max_length=4, positives="image")  # type: ignore[arg-type]
+        evaluate(model, dataset, Collator(tokenizer, max_length=4), positives="image")  # type: ignore[arg-type]
 
 
 def test_no_zero_shot_without_two_categories(model: Any, write_pairs: Any, tokenizer: Any) -> None:
-    evaluation = evaluate(model, write_pairs(("red", "red"), ("orange", "orange")), tokenizer, max_length=4)
+    evaluation = evaluate(model, write_pairs(("red", "red"), ("orange", "orange")), Collator(tokenizer, max_length=4))
     assert evaluation.zero_shot is None
     assert evaluation.to_dict()["zero_shot"] is None
     assert "zero-shot" not in evaluation.table()
@@ -56,7 +57,7 @@ def test_samples_without_a_category_are_left_out_of_the_classification(
 ) -> None:
     # The pair without a category stands in front, so that a mix-up of rows shows.
     dataset = write_pairs(("red", "red"), ("red", "orange"), ("blue", "blue"), uncategorised=1)
-    evaluation = evaluate(model, dataset, tokenizer, max_length=4)
+    evaluation = evaluate(model, dataset, Collator(tokenizer, max_length=4))
     assert evaluation.zero_shot is not None
     assert evaluation.zero_shot.num_images == 2
     assert evaluation.zero_shot.per_class == {"cold": 1.0, "warm": 1.0}
@@ -65,7 +66,7 @@ def test_samples_without_a_category_are_left_out_of_the_classification(
 
 def test_the_record_is_json_with_what_reproduces_it(model: Any, colours: Any, tokenizer: Any) -> None:
     evaluation = evaluate(
-        model, colours, tokenizer, max_length=4, batch_size=3, templates=TEMPLATES, autocast=torch.bfloat16
+        model, colours, Collator(tokenizer, max_length=4), batch_size=3, templates=TEMPLATES, autocast=torch.bfloat16
     )
     record = json.loads(json.dumps(evaluation.to_dict()))
     assert record["num_pairs"] == record["num_distinct_captions"] == 6
@@ -92,12 +93,12 @@ def test_the_record_is_json_with_what_reproduces_it(model: Any, colours: Any, to
         "positives": "caption",
     }
     arguments["autocast"] = getattr(torch, arguments["autocast"].removeprefix("torch."))
-    again = evaluate(model, colours, tokenizer, **arguments)
+    again = evaluate(model, colours, Collator(tokenizer, max_length=arguments.pop("max_length")), **arguments)
     assert again.to_dict() == evaluation.to_dict()
 
 
 def test_table(model: Any, colours: Any, tokenizer: Any) -> None:
-    evaluation = evaluate(model, colours, tokenizer, max_length=4)
+    evaluation = evaluate(model, colours, Collator(tokenizer, max_length=4))
     assert evaluation.zero_shot is not None
     zero_shot = dataclasses.replace(
         evaluation.zero_shot, accuracy={1: 0.5, 5: 0.987}, chance={1: 0.1, 5: 0.5}, majority=0.25, mean_per_class=0.456
@@ -120,4 +121,4 @@ def test_table(model: Any, colours: Any, tokenizer: Any) -> None:
 
 def test_a_bad_template_is_reported_before_the_work(model: Any, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="templates"):
-        evaluate(model, None, tokenizer, max_length=4, templates=["a photo"])
+        evaluate(model, None, Collator(tokenizer, max_length=4), templates=["a photo"])

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import textwrap
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmfast.evaluation.retrieval import Recall, match_ranks, top_k
-from vlmfast.evaluation.zero_shot import ZeroShot
+from vlmfast.tasks.page import ACCENT, DPI, INK, MARGIN, MUTED, RIGHT, RULE, WIDTH, WRONG, Page, shorten, wrap
+from vlmfast.tasks.search import Recall, match_ranks, top_k
+from vlmfast.tasks.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from vlmfast.tasks.retrieval import Evaluation
 
-    from vlmfast.evaluation.scores import Evaluation
-
-RIGHT, WRONG, INK, MUTED, RULE, ACCENT = "#1f9d55", "#d64550", "#1f2933", "#7b8794", "#d9dee3", "#3b6fb6"
-DPI = 110
-WIDTH = 17.0  # inches, as all lengths below
-MARGIN = 0.45
-HEADER = 1.5
+HEADER = 1.5  # inches, as all lengths
 ROW = 1.42
 HEADING = 0.95
 SHOWN = 5
@@ -65,7 +58,7 @@ def write_report(
     zero_shot = evaluation.zero_shot
     panel = 0.0 if zero_shot is None else 1.45 + BAR * min(len(zero_shot.classes), MAX_CLASSES) + 1.5
     figure = Figure(figsize=(WIDTH, HEADER + HEADING + num_queries * ROW + 0.3 + panel), dpi=DPI, facecolor="white")
-    page = _Page(figure)
+    page = Page(figure)
     _header(page, evaluation, title, seed)
     _text_to_image(page, evaluation, dataset, text_rows, top=HEADER)
     _image_to_text(page, evaluation, dataset, image_rows, top=HEADER)
@@ -74,38 +67,17 @@ def write_report(
     figure.savefig(path, format="png")
 
 
-class _Page:
-    """A figure addressed in inches from its top left corner."""
+def write_zero_shot(path: str | PathLike[str], scores: ZeroShot) -> None:
+    """Write a PNG of accuracy by class and of what is taken for what."""
+    from matplotlib.figure import Figure
 
-    def __init__(self, figure: Figure) -> None:
-        self.figure = figure
-        self.width, self.height = figure.get_size_inches()
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        return self.figure.add_axes(
-            (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
-        )
-
-    def text(self, left: float, top: float, text: str, **style: Any) -> None:
-        # parse_math=False: a caption may hold dollar signs.
-        style = {"fontsize": 11, "color": INK, "va": "top", "parse_math": False, **style}
-        self.figure.text(left / self.width, 1 - top / self.height, text, **style)
-
-    def rule(self, left: float, top: float, width: float) -> None:
-        self.axes(left, top, width, 0.01).set(xticks=[], yticks=[], facecolor=RULE)
-        for spine in self.figure.axes[-1].spines.values():
-            spine.set_visible(False)
-
-    def image(self, left: float, top: float, size: float, image: torch.Tensor, frame: str, style: str = "-") -> None:
-        axes = self.axes(left, top, size, size)
-        axes.imshow(image.numpy(), interpolation="bicubic")
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            width = 2.0 if style == "--" else {RIGHT: 3.5, WRONG: 1.8, RULE: 1.0}[frame]
-            spine.set(color=frame, linewidth=width, linestyle=style)
+    height = 0.3 + 1.45 + BAR * min(len(scores.classes), MAX_CLASSES) + 1.5
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+    _zero_shot(Page(figure), scores, top=0.3)
+    figure.savefig(path, format="png")
 
 
-def _header(page: _Page, evaluation: Evaluation, title: str, seed: int) -> None:
+def _header(page: Page, evaluation: Evaluation, title: str, seed: int) -> None:
     num_pairs = len(evaluation.features.captions)
     page.text(MARGIN, 0.32, title, fontsize=21, fontweight="bold")
     page.text(
@@ -118,7 +90,7 @@ def _header(page: _Page, evaluation: Evaluation, title: str, seed: int) -> None:
     page.rule(MARGIN, 1.3, page.width - 2 * MARGIN)
 
 
-def _text_to_image(page: _Page, evaluation: Evaluation, dataset: Any, rows: torch.Tensor, top: float) -> None:
+def _text_to_image(page: Page, evaluation: Evaluation, dataset: Any, rows: torch.Tensor, top: float) -> None:
     features, groups = evaluation.features, evaluation.groups
     left, size, gap = MARGIN, 1.08, 0.12
     first = left + 2.0
@@ -130,7 +102,7 @@ def _text_to_image(page: _Page, evaluation: Evaluation, dataset: Any, rows: torc
         page.text(
             first - 0.18,
             y + size / 2,
-            _wrap(features.captions[row], 20, 4),
+            wrap(features.captions[row], 20, 4),
             ha="right",
             va="center",
             multialignment="right",
@@ -144,7 +116,7 @@ def _text_to_image(page: _Page, evaluation: Evaluation, dataset: Any, rows: torc
             page.text(x + size * 0.36, y + size * 0.78, f"rank {int(ranks[line]):,}", ha="center", color=MUTED)
 
 
-def _image_to_text(page: _Page, evaluation: Evaluation, dataset: Any, rows: torch.Tensor, top: float) -> None:
+def _image_to_text(page: Page, evaluation: Evaluation, dataset: Any, rows: torch.Tensor, top: float) -> None:
     features, groups = evaluation.features, evaluation.groups
     left, size, pitch = 9.9, 1.08, 0.216
     _heading(page, left, top, "Image to text", evaluation.image_to_text)
@@ -157,15 +129,15 @@ def _image_to_text(page: _Page, evaluation: Evaluation, dataset: Any, rows: torc
             right = bool(groups[hit] == groups[row])
             at, color = y - 0.02 + place * pitch, RIGHT if right else INK
             page.text(left + size + 0.2, at, "✓" if right else "✗", color=RIGHT if right else WRONG)
-            caption = _shorten(features.captions[hit], 54)
+            caption = shorten(features.captions[hit], 54)
             page.text(left + size + 0.45, at, caption, color=color, fontweight="bold" if right else "normal")
         if ranks[line] > found.shape[1]:
             at = y - 0.02 + found.shape[1] * pitch
-            page.text(left + size + 0.45, at, _shorten(features.captions[row], 44), color=RIGHT, fontstyle="italic")
+            page.text(left + size + 0.45, at, shorten(features.captions[row], 44), color=RIGHT, fontstyle="italic")
             page.text(page.width - MARGIN, at, f"rank {int(ranks[line]):,}", color=MUTED, ha="right")
 
 
-def _heading(page: _Page, left: float, top: float, name: str, scores: Recall) -> None:
+def _heading(page: Page, left: float, top: float, name: str, scores: Recall) -> None:
     page.text(left, top, name, fontsize=15, fontweight="bold")
     recall = "   ".join(f"R@{k} {100 * value:.1f}%" for k, value in scores.recall.items())
     last = max(scores.recall)
@@ -173,7 +145,7 @@ def _heading(page: _Page, left: float, top: float, name: str, scores: Recall) ->
     page.text(left, top + 0.36, f"{recall}   {chance}", color=ACCENT, fontsize=11.5)
 
 
-def _zero_shot(page: _Page, scores: ZeroShot, top: float) -> None:
+def _zero_shot(page: Page, scores: ZeroShot, top: float) -> None:
     page.rule(MARGIN, top, page.width - 2 * MARGIN)
     page.text(MARGIN, top + 0.25, "Zero-shot classification", fontsize=15, fontweight="bold")
     accuracy = "   ".join(f"top-{k} {100 * value:.1f}%" for k, value in scores.accuracy.items())
@@ -193,7 +165,7 @@ def _zero_shot(page: _Page, scores: ZeroShot, top: float) -> None:
     bars.axvline(100 * scores.chance[1], color=MUTED, linestyle=":", linewidth=1.5)
     bars.set(xlim=(0, 109), ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)), xticks=range(0, 101, 25))
     bars.set_yticklabels(
-        [f"{_shorten(name, 26)}  ({int(count)})" for name, count in zip(names, counts[shown], strict=True)]
+        [f"{shorten(name, 26)}  ({int(count)})" for name, count in zip(names, counts[shown], strict=True)]
     )
     for place, value in enumerate(values):
         bars.text(value + 1.2, place, f"{value:.0f}", va="center", color=INK, fontsize=10)
@@ -214,8 +186,8 @@ def _zero_shot(page: _Page, scores: ZeroShot, top: float) -> None:
                 color = "white" if share > 0.55 else INK
                 matrix.text(predicted, true, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=8)
     matrix.set(xticks=range(len(names)), yticks=range(len(names)))
-    matrix.set_xticklabels([_shorten(name, 22) for name in names], rotation=40, ha="right", rotation_mode="anchor")
-    matrix.set_yticklabels([_shorten(name, 22) for name in names])
+    matrix.set_xticklabels([shorten(name, 22) for name in names], rotation=40, ha="right", rotation_mode="anchor")
+    matrix.set_yticklabels([shorten(name, 22) for name in names])
     matrix.set_title("true class (row) taken for (column), %", fontsize=11, color=MUTED, loc="left")
     matrix.tick_params(length=0, labelsize=10, labelcolor=INK)
     for spine in matrix.spines.values():
@@ -225,12 +197,3 @@ def _zero_shot(page: _Page, scores: ZeroShot, top: float) -> None:
 def _image(evaluation: Evaluation, dataset: Any, row: int) -> torch.Tensor:
     image: torch.Tensor = dataset[evaluation.features.indices[row]].image
     return image
-
-
-def _wrap(text: str, width: int, lines: int) -> str:
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
-
-
-def _shorten(text: str, width: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"

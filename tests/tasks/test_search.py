@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmfast.evaluation import caption_groups, match_ranks, recall_at_k, top_k
+from vlmfast.tasks.search import caption_groups, match_ranks, recall_at_k, top_k
 
 
 def order(queries: torch.Tensor, gallery: torch.Tensor) -> list[list[int]]:

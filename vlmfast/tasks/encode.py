@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from vlmfast.data import Collator
+from vlmfast.tasks.batches import batches, evaluating, place
 
 
 @dataclass(frozen=True)
@@ -36,37 +32,14 @@ class Features:
     skipped: dict[str, int]
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and inference mode; on leaving, with or without an error, every submodule gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def place(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """Move the model to the device; None leaves it where it is. Returns the device it is on."""
-    if device is not None:
-        model.to(device)
-        return torch.device(device)
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
 def encode_dataset(
     model: Any,
     dataset: Any,
-    tokenizer: Any,
+    collator: Any,
     *,
     batch_size: int = 256,
     num_workers: int = 0,
     device: torch.device | str | None = None,
-    max_length: int,
     autocast: torch.dtype | None = None,
     progress: bool = True,
 ) -> Features:
@@ -76,7 +49,7 @@ def encode_dataset(
         model: a Module whose `get_image_features(pixel_values)` and `get_text_features(input_ids, attention_mask)` give
             (B, D).
         dataset: as `vlmfast.data.ImageTextDataset`: `dataset[index]` is a sample or None, `skipped()` counts the None.
-        tokenizer: a transformers tokenizer; captions are truncated to max_length tokens.
+        collator: as `vlmfast.data.Collator`, samples to `pixel_values`, `input_ids` and `attention_mask`.
         batch_size: pairs per forward pass.
         num_workers: processes that read and decode; 0 reads in this one.
         device: where to compute; the model is moved there. None is where the model is.
@@ -86,21 +59,20 @@ def encode_dataset(
         ValueError: no sample of the dataset could be read, or a feature is not finite.
     """
     device = place(model, device)
-    loader: DataLoader[Any] = DataLoader(
-        _Indexed(dataset),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=_Collate(Collator(tokenizer, max_length=max_length)),
-        pin_memory=device.type == "cuda",
-    )
-    images, texts, kept = [], [], []
+    images, texts, indices, kept = [], [], [], []
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for batch, samples in tqdm(loader, desc="encode", unit="batch", disable=None if progress else True):
-            if batch is None:
-                continue
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            images.append(_unit(model.get_image_features(batch["pixel_values"])))
-            texts.append(_unit(model.get_text_features(batch["input_ids"], batch["attention_mask"])))
+        for batch, which, samples in batches(
+            dataset,
+            collator,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+            progress=progress,
+            name="encode",
+        ):
+            images.append(unit(model.get_image_features(batch["pixel_values"])))
+            texts.append(unit(model.get_text_features(batch["input_ids"], batch["attention_mask"])))
+            indices += which
             kept += samples
     skipped = dict(dataset.skipped())
     if not kept:
@@ -112,7 +84,7 @@ def encode_dataset(
         captions=[sample.caption for sample in kept],
         keys=[sample.key for sample in kept],
         categories=[sample.category for sample in kept],
-        indices=[sample.index for sample in kept],
+        indices=indices,
         skipped=skipped,
     )
 
@@ -120,15 +92,16 @@ def encode_dataset(
 def encode_texts(
     model: Any,
     texts: Sequence[str],
-    tokenizer: Any,
+    collator: Any,
     *,
     batch_size: int = 256,
     device: torch.device | str | None = None,
-    max_length: int,
     autocast: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Unit-norm float32 features (len(texts), D) of the texts, on the CPU. Arguments as in `encode_dataset`.
 
+    Args:
+        collator: as `vlmfast.data.Collator`, whose method `tokens` makes `input_ids` and `attention_mask` of texts.
     Raises:
         ValueError: there are no texts, or a feature is not finite.
     """
@@ -138,51 +111,14 @@ def encode_texts(
     features = []
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for start in range(0, len(texts), batch_size):
-            tokens = tokenizer(
-                list(texts[start : start + batch_size]),
-                padding="longest",
-                truncation=True,
-                max_length=max_length,
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
+            tokens = collator.tokens(texts[start : start + batch_size])
             input_ids, attention_mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-            features.append(_unit(model.get_text_features(input_ids, attention_mask)))
+            features.append(unit(model.get_text_features(input_ids, attention_mask)))
     return _finite("text", torch.cat(features))
 
 
-@dataclass(frozen=True)
-class _Kept:
-    index: int
-    key: str
-    caption: str
-    category: str | None
-
-
-class _Indexed(Dataset[Any]):
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.dataset[index]
-
-
-class _Collate:
-    """What the collator drops is dropped from the captions too, in the same place."""
-
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
-
-    def __call__(self, indexed: list[tuple[int, Any]]) -> tuple[dict[str, torch.Tensor] | None, list[_Kept]]:
-        read = [(index, sample) for index, sample in indexed if sample is not None]
-        batch = self.collator([sample for _, sample in read]) if read else None
-        return batch, [_Kept(index, sample.key, sample.caption, sample.category) for index, sample in read]
-
-
-def _unit(features: torch.Tensor) -> torch.Tensor:
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Unit-norm rows on the CPU."""
     # In float32, for a unit vector rounded to 16 bits is no longer one.
     return F.normalize(features.float(), dim=-1).cpu()
 

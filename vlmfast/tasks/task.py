@@ -1,0 +1,185 @@
+"""What a task is: the methods of a model and the fields of a record that it needs, its flags, and how it scores."""
+
+from __future__ import annotations
+
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+
+from vlmfast.data import ImageTextDataset
+from vlmfast.tasks.batches import Collate, batches, place
+
+
+@dataclass
+class Options:
+    """The flags that `vlmfast eval --task` has for a task alone."""
+
+
+class Scores(ABC):
+    """What a task found. Fractions are in [0, 1].
+
+    Attributes:
+        arguments: what gives the scores again; a caller may add its own, such as the checkpoint and the data.
+    """
+
+    arguments: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """Every score by name, for the log of a training run."""
+
+    @abstractmethod
+    def table(self) -> str:
+        """The scores as aligned plain text, beside what chance, the majority and a blind model reach."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The record of the run as JSON types."""
+
+    @abstractmethod
+    def report(self, path: str | PathLike[str]) -> None:
+        """Write a PNG that shows what the model does; needs matplotlib."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a task scores: the arguments of `Task.evaluate`, the source opened and the model on its device."""
+
+    model: Any
+    dataset: Any
+    tokenizer: Any
+    model_options: Any
+    device: torch.device
+    batch_size: int
+    num_workers: int
+    blind: bool
+    progress: bool
+
+    def batches(
+        self, dataset: Any, collator: Collate, name: str
+    ) -> Iterator[tuple[dict[str, Any], list[int], list[Any]]]:
+        """See `vlmfast.tasks.batches.batches`."""
+        return batches(
+            dataset,
+            collator,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            device=self.device,
+            progress=self.progress,
+            name=name,
+        )
+
+    def some(self, found: list[Any]) -> list[Any]:
+        """`found`; ValueError, with the reasons, where it is empty."""
+        if not found:
+            raise ValueError(
+                f"source: no sample of {len(self.dataset)} could be used; {listed(self.dataset.skipped())}"
+            )
+        return found
+
+
+class Task:
+    """One way to score a model; the classes of TASKS.
+
+    Args:
+        options: of the class `Options` of the task; None is its defaults.
+    """
+
+    Options: ClassVar[type[Any]] = Options
+    methods: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """What a model must have: all methods of one of these."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Fields of the record without which a sample is left out."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.Options() if options is None else options
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    def check(self, model: Any) -> None:
+        """TypeError, naming what is missing, for a model that lacks a method."""
+        missing = [[name for name in methods if not callable(getattr(model, name, None))] for methods in self.methods]
+        if self.methods and all(missing):
+            wanted = " or ".join(" and ".join(methods) for methods in self.methods)
+            lacks = f"{type(model).__name__} lacks {', '.join(missing[0])}"
+            raise TypeError(f"task {self.name}: expected a model with {wanted}; {lacks}")
+
+    def evaluate(
+        self,
+        model: Any,
+        source: Any,
+        tokenizer: Any,
+        model_options: Any,
+        *,
+        device: torch.device | str | None = None,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        blind: bool = True,
+        progress: bool = True,
+    ) -> Scores:
+        """Scores of the model on the samples of `source`.
+
+        Args:
+            model: a Module with `transform`, `collator` and the task's methods, as `vlmfast.models.contract` describes
+                them. It is put into eval mode, and back.
+            source: as of `vlmfast.data.ImageTextDataset`.
+            tokenizer: a transformers tokenizer; None for a model that reads no text.
+            model_options: the model's own `Options`, which its transform and its collator read.
+            device: where to compute; the model is moved there. None is where the model is.
+            batch_size: samples per forward pass.
+            num_workers: processes that read and decode; 0 reads in this one.
+            blind: whether to score the model with shuffled images too, where that is not chance by construction.
+            progress: a progress bar on stderr, if that is a terminal.
+        Raises:
+            TypeError: the model lacks a method.
+            ValueError: no sample could be used, or an option is out of range.
+        """
+        self.check(model)
+        dataset = ImageTextDataset(source, transform=model.transform(model_options, train=False))
+        where = place(model, device)
+        return self.score(
+            Run(model, dataset, tokenizer, model_options, where, batch_size, num_workers, blind, progress)
+        )
+
+    def score(self, run: Run) -> Scores:
+        """What a task defines; `evaluate` has checked the model."""
+        raise NotImplementedError(f"{type(self).__name__}.score")
+
+
+def versions() -> dict[str, str | None]:
+    """Of what a score depends on."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("vlmfast", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # vlmfast run from a source tree
+            found[package] = None
+    return found
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}%"
+
+
+def listed(skipped: Mapping[str, int]) -> str:
+    """'1 corrupt image, 2 empty caption', or 'none'."""
+    return ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count) or "none"
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines; the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for name, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+    return "\n".join(lines)
