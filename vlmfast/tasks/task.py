@@ -144,7 +144,9 @@ class Task:
             ValueError: no sample could be used, or an option is out of range.
         """
         self.check(model)
-        dataset = ImageTextDataset(source, transform=model.transform(model_options, train=False))
+        dataset = ImageTextDataset(
+            source, transform=model.transform(model_options, train=False), requires=self.requires
+        )
         where = place(model, device)
         return self.score(
             Run(model, dataset, tokenizer, model_options, where, batch_size, num_workers, blind, progress)
