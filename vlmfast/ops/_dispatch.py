@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -32,13 +32,57 @@ cuda_core = getattr(core, "cuda", None)
 """The part of the extension for GPUs, or None. Tests put one there whose kernels run on CPU tensors."""
 
 
+AnyImpl = TypeVar("AnyImpl", bound="Impl")
+
+
 @dataclass(frozen=True)
 class Impl:
-    """One backend of one op. `unsupported` looks at metadata only and returns why the backend cannot run, or None."""
+    """One backend of one op; what else an op's backends differ in, it adds in a class of its own.
+
+    `unsupported` looks at metadata only and returns why the backend cannot run, or None.
+    """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    unsupported: Callable[..., str | None]
+    unsupported: Callable[..., str | None] = lambda *args: None
+
+    @classmethod
+    def cpu(cls: type[AnyImpl], op: str, **others: Callable[..., Any]) -> AnyImpl:
+        """The C++ backend, `<op>_forward` and `<op>_backward` of vlmfast._C, with `others` in place or besides."""
+        functions = {name: cpu_function(f"{op}_{name}") for name in ("forward", "backward")}
+        return cls(**{**functions, "unsupported": cpu_unsupported, **others})
+
+    @classmethod
+    def triton(cls: type[AnyImpl], op: str, **others: Callable[..., Any]) -> AnyImpl:
+        """The Triton backend, `forward` and `backward` of vlmfast.kernels.<op>; likewise."""
+        functions = {name: triton_function(op, name) for name in ("forward", "backward")}
+        return cls(**{**functions, "unsupported": triton_unsupported(op), **others})
+
+    @classmethod
+    def cuda(cls: type[AnyImpl], op: str, **others: Callable[..., Any]) -> AnyImpl:
+        """The CUDA C++ backend, `<op>_forward` and `<op>_backward` of vlmfast._C.cuda; likewise."""
+        functions = {name: cuda_function(f"{op}_{name}") for name in ("forward", "backward")}
+        return cls(**{**functions, "unsupported": cuda_unsupported, **others})
+
+
+def cpu_function(name: str) -> Callable[..., Any]:
+    """A function of the C++ extension, for where `cpu_unsupported` has no reason against it."""
+    function: Callable[..., Any] = getattr(core, name, _missing)
+    return function
+
+
+def _missing(*args: object) -> NoReturn:
+    raise RuntimeError(CORE_MISSING or "the C++ extension is older than this package; install again")
+
+
+def triton_function(op: str, name: str) -> Callable[..., Any]:
+    """A function of vlmfast.kernels.<op>, which is imported when it is called."""
+    return lambda *args: getattr(_triton_kernels(op)[0], name)(*args)
+
+
+def cuda_function(name: str) -> Callable[..., Any]:
+    """A function of the extension for GPUs, or of what tests put in its place."""
+    return lambda *args: getattr(cuda_core, name)(*args)
 
 
 def cpu_unsupported(first: torch.Tensor, *args: object) -> str | None:
@@ -67,13 +111,9 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     return any(arch == f"{device}a" if arch.endswith("a") else int(arch) <= device for arch in archs.split(","))
 
 
-def cuda_kernels() -> Any:
-    """The functions of the CUDA C++ backend, where `cuda_unsupported` has no reason against it."""
-    return cuda_core
-
-
 def triton_unsupported(kernels: str) -> Callable[..., str | None]:
-    """Why the Triton backend in vlmfast.kernels.<kernels> cannot run; that module's own `unsupported` is asked last.
+    """Why the Triton backend in vlmfast.kernels.<kernels> cannot run; `unsupported` of that module, or else of
+    vlmfast.kernels.products, is asked last.
 
     It is imported, and with it triton, only for tensors that it may run on: on a GPU, or when asked for by name on CPU
     tensors, in triton's interpreter, slowly and for tests.
@@ -84,7 +124,10 @@ def triton_unsupported(kernels: str) -> Callable[..., str | None]:
         if first.device.type != "cuda" and not interpreted:
             return f"the tensors are on {first.device.type}"
         module, missing = _triton_kernels(kernels)
-        reason: str | None = missing or module.unsupported(first, *args)
+        if missing:
+            return missing
+        own = module if hasattr(module, "unsupported") else _triton_kernels("products")[0]
+        reason: str | None = own.unsupported(first, *args)
         return reason
 
     return unsupported
@@ -97,10 +140,6 @@ def _triton_kernels(kernels: str) -> tuple[Any, str | None]:
         return import_module(f"vlmfast.kernels.{kernels}"), None
     except ImportError as error:
         return None, f"triton is not there ({error})"
-
-
-def never(*args: object) -> None:
-    """`unsupported` of a backend that runs everywhere."""
 
 
 def explain(op: str, impls: Mapping[str, Impl], *args: object) -> dict[str, str | None]:
@@ -117,13 +156,18 @@ def _reasons(op: str, impls: Mapping[str, Impl], *args: object) -> Iterator[tupl
         yield wanted, impls[wanted].unsupported(*args) if wanted in impls else f"{op} has no {wanted} backend"
 
 
-def choose(op: str, impls: Mapping[str, Impl], *args: object) -> Impl:
+def choose(op: str, impls: Mapping[str, AnyImpl], *args: object) -> AnyImpl:
     """The first backend that can run, or the one VLMFAST_BACKEND names.
 
     Raises:
         RuntimeError: the backend named by VLMFAST_BACKEND cannot run; the message holds its reason.
         ValueError: VLMFAST_BACKEND is not one of the backends.
     """
+    wanted = _wanted()
+    if wanted == "auto":  # mostly the first one
+        impl = next(iter(impls.values()))
+        if impl.unsupported(*args) is None:
+            return impl
     reasons: dict[str, str | None] = {}
     for name, reason in _reasons(op, impls, *args):
         if reason is None:

@@ -15,23 +15,13 @@ row_mask is (N,) bool or None.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmfast.ops._define import define
-from vlmfast.ops._dispatch import (
-    Impl,
-    choose,
-    core,
-    cpu_unsupported,
-    cuda_kernels,
-    cuda_unsupported,
-    never,
-    triton_unsupported,
-)
+from vlmfast.ops._dispatch import Impl, choose
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -142,27 +132,11 @@ def _factor(gate: Tensor, row_mask: Tensor | None, tanh: bool) -> tuple[Tensor, 
     return factor, active if row_mask is None else active & row_mask[:, None]
 
 
-def _kernels() -> Any:
-    return import_module("vlmfast.kernels.gated_residual")
-
-
 IMPLS = {
-    "cpu": Impl(
-        lambda *args: core.gated_residual_forward(*args),
-        lambda *args: core.gated_residual_backward(*args),
-        cpu_unsupported,
-    ),
-    "triton": Impl(
-        lambda *args: _kernels().forward(*args),
-        lambda *args: _kernels().backward(*args),
-        triton_unsupported("products"),
-    ),
-    "cuda": Impl(
-        lambda *args: cuda_kernels().gated_residual_forward(*args),
-        lambda *args: cuda_kernels().gated_residual_backward(*args),
-        cuda_unsupported,
-    ),
-    "torch": Impl(reference_forward, reference_backward, never),
+    "cpu": Impl.cpu("gated_residual"),
+    "triton": Impl.triton("gated_residual"),
+    "cuda": Impl.cuda("gated_residual"),
+    "torch": Impl(reference_forward, reference_backward),
 }
 
 

@@ -3,14 +3,14 @@
 With dot_ij = <image_i, text_j> (the cosine of unit-norm features), logit_ij = scale * dot_ij, x_ij = logit_ij log2(e).
 The positives of row i are column i + label_offset, or the columns of its group.
 
-A backend's forward returns, all float32:
+A backend's tile_forward returns, all float32:
 
 - row_stats (3, n): a shift u_i; the sum of 2^(x_ij - u_i) over columns j, without the positive unless there are groups;
   the sum of dot_ij over positives;
 - col_stats (3, N), or (3, 0) when columns are not asked for: the same down each column, over all rows;
 - shift (): when finite, it is every u and kept holds 2^(x - shift); when infinite, kept holds dot;
-- kept (n, N), or (0, 0) when backward is to recompute it. What `tile_forward` returns for tensors on a CPU lies in
-  memory in panels of PANEL columns, each (n, PANEL) row by row: the tiles of "cpu" are then in one piece.
+- kept (n, N), or (0, 0) when backward is to recompute it. On a CPU it lies in memory in panels of PANEL columns, each
+  (n, PANEL) row by row: the tiles of "cpu" are then in one piece.
 
 `normalise` turns those O(N) numbers into the loss and into what backward reads: for each row and column a shift u, a
 factor f and a target t, the same on every backend. Backward's tile is::
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -35,20 +34,10 @@ from torch.nn import functional as F
 
 from vlmfast.ops import _pairs
 from vlmfast.ops._define import define, without_autocast
-from vlmfast.ops._dispatch import (
-    Impl,
-    choose,
-    core,
-    cpu_unsupported,
-    cuda_kernels,
-    cuda_unsupported,
-    never,
-    triton_unsupported,
-)
+from vlmfast.ops._dispatch import Impl, choose, cpu_function, cpu_unsupported, triton_function
+from vlmfast.ops._info_nce_halves import InfoNceImpl, Side, cpu_forward, each_side, in_halves
 from vlmfast.ops._info_nce_torch import normalise_side, reference_backward, reference_forward
 from vlmfast.ops._pairs import Groups
-
-PANEL = 256  # kMostCols of csrc/tiles.h
 
 STORE_BUDGET_BYTES = 1 << 30
 """With recompute=None the exponentials are kept for backward when their n * N float32 values fit in this many bytes."""
@@ -211,152 +200,44 @@ def _smoothing(
         return scale.float() * each.where(row_mask, 0).sum() / row_mask.sum().clamp(min=1)
 
 
-Side = tuple[Tensor, Tensor, Tensor | None]
-
-
-def normalise(sides: Sequence[Side], scale: Tensor, exclude_positive: bool) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and what backward reads of the rows, or of rows and columns.
-
-    Args:
-        sides: of the rows, and of the columns, each
-
-            - stats (3, n): as a backend's forward returns them, complete over all columns;
-            - weight (n,): float64, of each row's loss, 0 where it has none;
-            - count (n,): positives of each row with groups, None without.
-    Returns:
-        terms of the loss, to be summed, in float64; for each side shift, factor and target (3, n) in float32.
-    """
-    impl = choose("info_nce", IMPLS, scale)
-    if impl is IMPLS["triton"]:
-        found: tuple[Tensor, list[Tensor]] = _kernels().normalise(sides, scale, exclude_positive)
-        return found
-    one_side = core.info_nce_normalise if impl is IMPLS["cpu"] else normalise_side
-    losses, normalised = zip(*(one_side(*side, scale, exclude_positive) for side in sides), strict=True)
-    return torch.stack(losses), list(normalised)
-
-
-def _weights(
-    image: Tensor,
-    text: Tensor,
-    row_mask: Tensor | None,
-    codes: tuple[Tensor | None, Tensor | None],
-    label_offset: int,
-    bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Weights (n,) and (N,) of the rows' and columns' losses relative to unit (), and how many positives each has."""
-    n, columns = image.shape[0], text.shape[0]
-    share = 0.5 if bidirectional else 1.0
-    if codes[0] is not None and codes[1] is not None:
-        row_count, col_count = _pairs.count_matches(codes[0], codes[1]), _pairs.count_matches(codes[1], codes[0])
-        rows, cols = (row_count > 0).double(), (col_count > 0).double()
-        row_total, col_total = rows.sum().clamp(min=1), cols.sum().clamp(min=1)
-        # Of the side with fewer losses, so that no weight is above 1: backends may hold gradients of logits in float16.
-        fewer = torch.minimum(row_total, col_total) if bidirectional else row_total
-        row_weight, col_weight = share * rows * (fewer / row_total), (1 - share) * cols * (fewer / col_total)
-        return row_weight, col_weight, row_count, col_count, 1 / fewer
-    cols = torch.zeros(columns, dtype=torch.float64, device=image.device)
-    own = cols[label_offset : label_offset + n]
-    if row_mask is None:
-        own.fill_(1 - share)
-        return cols.new_full((n,), share), cols, None, None, cols.new_full((), 1 / n)
-    own.copy_(row_mask).mul_(1 - share)
-    return share * row_mask.double(), cols, None, None, 1 / row_mask.sum(dtype=torch.float64).clamp(min=1)
-
-
-def _kernels() -> Any:
-    return import_module("vlmfast.kernels.info_nce")
-
+_NORMALISE = each_side(normalise_side)
 
 IMPLS = {
-    "cpu": Impl(
-        lambda *args: core.info_nce_forward(*args), lambda *args: core.info_nce_backward(*args), cpu_unsupported
+    "cpu": InfoNceImpl(
+        cpu_forward,
+        cpu_function("info_nce_backward"),
+        cpu_unsupported,
+        tile_forward=cpu_function("info_nce_forward"),
+        normalise=each_side(cpu_function("info_nce_normalise")),
     ),
-    "triton": Impl(
-        lambda *args: _kernels().forward(*args),
-        lambda *args: _kernels().backward(*args),
-        triton_unsupported("products"),
-    ),
-    "cuda": Impl(
-        lambda *args: cuda_kernels().info_nce_forward(*args),
-        lambda *args: cuda_kernels().info_nce_backward(*args),
-        cuda_unsupported,
-    ),
-    "torch": Impl(reference_forward, reference_backward, never),
+    "triton": in_halves(Impl.triton("info_nce"), triton_function("info_nce", "normalise")),
+    "cuda": in_halves(Impl.cuda("info_nce"), _NORMALISE),
+    "torch": in_halves(Impl(reference_forward, reference_backward), _NORMALISE),
 }
 
 
 def tile_forward(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """row_stats, col_stats, shift and kept from the backend that `choose` names; arguments of `reference_forward`."""
-    impl = choose("info_nce", IMPLS, image)
+    """The first half of forward, from the backend that `choose` names; arguments of `reference_forward`."""
     with without_autocast():
-        row_stats, col_stats, shift, kept = impl.forward(image, *args)
-    return row_stats, col_stats, shift, _in_panels(kept) if _makes_rows(impl, image) else kept
+        return choose("info_nce", IMPLS, image).tile_forward(image, *args)
 
 
-def tile_backward(
-    unit: Tensor,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    shift: Tensor,
-    kept: Tensor,
-    *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def normalise(sides: Sequence[Side], scale: Tensor, exclude_positive: bool) -> tuple[Tensor, list[Tensor]]:
+    """The second half: of `InfoNceImpl`."""
+    return choose("info_nce", IMPLS, scale).normalise(sides, scale, exclude_positive)
+
+
+def tile_backward(unit: Tensor, image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text and scale; arguments of `reference_backward`."""
-    impl = choose("info_nce", IMPLS, image)
-    if _makes_rows(impl, image):
-        kept = _in_rows(kept)
     with without_autocast():
-        return impl.backward(unit, image, text, scale, rows, cols, shift, kept, *args)
+        gradients: tuple[Tensor, Tensor, Tensor] = choose("info_nce", IMPLS, image).backward(unit, image, *args)
+    return gradients
 
 
-def _makes_rows(impl: Impl, image: Tensor) -> bool:
-    """Whether a backend keeps row by row what lies in panels between the passes."""
-    return image.device.type == "cpu" and impl is not IMPLS["cpu"]
-
-
-def _in_panels(kept: Tensor) -> Tensor:
-    return torch.cat([panel.reshape(-1) for panel in kept.split(PANEL, 1)]).view_as(kept) if kept.numel() else kept
-
-
-def _in_rows(kept: Tensor) -> Tensor:
-    if not kept.numel():
-        return kept
-    n = kept.shape[0]
-    return torch.cat([panel.view(n, -1) for panel in kept.view(-1).split(n * PANEL)], 1)
-
-
-def _forward(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    row_mask: Tensor | None,
-    row_codes: Tensor | None,
-    col_codes: Tensor | None,
-    label_offset: int,
-    bidirectional: bool,
-    exclude_positive: bool,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    row_stats, col_stats, shift, kept = tile_forward(
-        image, text, scale, row_codes, col_codes, label_offset, bidirectional, keep
-    )
-    if row_codes is None and choose("info_nce", IMPLS, image) is IMPLS["cpu"]:
-        loss, rows, columns, unit = core.info_nce_loss(
-            row_stats, col_stats, row_mask, scale, text.shape[0], label_offset, exclude_positive
-        )
-        return loss, rows, columns, shift, kept, unit
-    row_weight, col_weight, row_count, col_count, unit = _weights(
-        image, text, row_mask, (row_codes, col_codes), label_offset, bidirectional
-    )
-    sides: list[Side] = [(row_stats, row_weight, row_count)]
-    if bidirectional:
-        sides.append((col_stats, col_weight, col_count))
-    loss, (rows, *cols) = normalise(sides, scale, exclude_positive)
-    columns = cols[0] if cols else rows.new_zeros(3, text.shape[0])
-    return (loss.sum() * unit).float(), rows, columns, shift, kept, unit.float()
+def _forward(image: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    with without_autocast():
+        found: tuple[Tensor, ...] = choose("info_nce", IMPLS, image).forward(image, *args)
+    return found
 
 
 def _backward(

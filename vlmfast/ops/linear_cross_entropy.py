@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops._define import define, without_autocast
-from vlmfast.ops._dispatch import Impl, choose, never
+from vlmfast.ops._dispatch import Impl, choose
 from vlmfast.ops._pairs import DTYPES
 
 LOG2E = math.log2(math.e)
@@ -243,7 +243,7 @@ def _labels_within(labels: Tensor, part: slice) -> tuple[Tensor, Tensor]:
     return row, labels[row] - part.start
 
 
-IMPLS = {"torch": Impl(reference_forward, reference_backward, never)}
+IMPLS = {"torch": Impl(reference_forward, reference_backward)}
 
 
 def _rows(labels: Tensor, ignore_index: int, words: int) -> tuple[Tensor | None, Tensor]:

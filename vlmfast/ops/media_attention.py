@@ -31,23 +31,13 @@ Gradients are deterministic. In memory the heads of out, dq, dk and dv lie side 
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmfast.ops._define import define, without_autocast
-from vlmfast.ops._dispatch import (
-    Impl,
-    choose,
-    core,
-    cpu_unsupported,
-    cuda_kernels,
-    cuda_unsupported,
-    never,
-    triton_unsupported,
-)
+from vlmfast.ops._dispatch import Impl, choose, cuda_unsupported
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -363,10 +353,6 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - torch.where(lse == -math.inf, 0, lse)[..., None])
 
 
-def _kernels() -> Any:
-    return import_module("vlmfast.kernels.media_attention")
-
-
 def _cuda_unsupported(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None:
     if max(q.shape[3], v.shape[3]) > MAX_CUDA_DIM:
         return f"heads are larger than {MAX_CUDA_DIM}: {q.shape[3]} and {v.shape[3]}"
@@ -374,22 +360,10 @@ def _cuda_unsupported(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None
 
 
 IMPLS = {
-    "cpu": Impl(
-        lambda *args: core.media_attention_forward(*args),
-        lambda *args: core.media_attention_backward(*args),
-        cpu_unsupported,
-    ),
-    "triton": Impl(
-        lambda *args: _kernels().forward(*args),
-        lambda *args: _kernels().backward(*args),
-        triton_unsupported("media_attention"),
-    ),
-    "cuda": Impl(
-        lambda *args: cuda_kernels().media_attention_forward(*args),
-        lambda *args: cuda_kernels().media_attention_backward(*args),
-        _cuda_unsupported,
-    ),
-    "torch": Impl(reference_forward, reference_backward, never),
+    "cpu": Impl.cpu("media_attention"),
+    "triton": Impl.triton("media_attention"),
+    "cuda": Impl.cuda("media_attention", unsupported=_cuda_unsupported),
+    "torch": Impl(reference_forward, reference_backward),
 }
 
 

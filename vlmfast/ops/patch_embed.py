@@ -9,15 +9,15 @@ With P = C*p*q entries of a patch, n patches of an image in row-major order, K o
   token_grad (k + n, O), float32, or (0,): grad summed over the batch, at the patches that it came from. The gradients
   of bias, prefix and position follow from token_grad.
 - scatter(rows, ...), for the rarely wanted gradients of pixels and of positions per image: rows (B, K, C*p*q) summed at
-  the pixels (B, C, H, W) that they came from, over std. Only "cuda" has a kernel for it; elsewhere PyTorch ops do it.
+  the pixels (B, C, H, W) that they came from, over std. "cuda" has a kernel for it; elsewhere PyTorch ops do it.
 
 Nothing but the inputs is saved for backward: patches are read from the pixels again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,16 +26,7 @@ from torch.nn import functional as F
 
 from vlmfast.ops import _patches
 from vlmfast.ops._define import define, without_autocast
-from vlmfast.ops._dispatch import (
-    Impl,
-    choose,
-    core,
-    cpu_unsupported,
-    cuda_kernels,
-    cuda_unsupported,
-    never,
-    triton_unsupported,
-)
+from vlmfast.ops._dispatch import Impl, choose, cuda_function
 from vlmfast.ops._patches import LAYOUTS
 
 
@@ -303,25 +294,16 @@ def reference_scatter(
     return images.to(dtype)
 
 
-def _kernels() -> Any:
-    return import_module("vlmfast.kernels.patch_embed")
+@dataclass(frozen=True)
+class PatchEmbedImpl(Impl):
+    scatter: Callable[..., Tensor] = reference_scatter
 
 
 IMPLS = {
-    "cpu": Impl(
-        lambda *args: core.patch_embed_forward(*args), lambda *args: core.patch_embed_backward(*args), cpu_unsupported
-    ),
-    "triton": Impl(
-        lambda *args: _kernels().forward(*args),
-        lambda *args: _kernels().backward(*args),
-        triton_unsupported("products"),
-    ),
-    "cuda": Impl(
-        lambda *args: cuda_kernels().patch_embed_forward(*args),
-        lambda *args: cuda_kernels().patch_embed_backward(*args),
-        cuda_unsupported,
-    ),
-    "torch": Impl(reference_forward, reference_backward, never),
+    "cpu": PatchEmbedImpl.cpu("patch_embed"),
+    "triton": PatchEmbedImpl.triton("patch_embed"),
+    "cuda": PatchEmbedImpl.cuda("patch_embed", scatter=cuda_function("patch_embed_scatter")),
+    "torch": PatchEmbedImpl(reference_forward, reference_backward),
 }
 
 
@@ -344,11 +326,7 @@ def _backward(grad: Tensor, pixels: Tensor, weight: Tensor, *args: Any) -> tuple
 
 
 def _scatter(rows: Tensor, *args: Any) -> Tensor:
-    scatter: Any = reference_scatter
-    if choose("patch_embed", IMPLS, rows) is IMPLS["cuda"]:
-        scatter = cuda_kernels().patch_embed_scatter
-    scattered: Tensor = scatter(rows, *args)
-    return scattered
+    return choose("patch_embed", IMPLS, rows).scatter(rows, *args)
 
 
 def _fake_forward(

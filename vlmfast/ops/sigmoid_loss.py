@@ -13,7 +13,6 @@ are not yet divided by n:
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,16 +21,7 @@ from torch.nn import functional as F
 
 from vlmfast.ops import _pairs
 from vlmfast.ops._define import define, without_autocast
-from vlmfast.ops._dispatch import (
-    Impl,
-    choose,
-    core,
-    cpu_unsupported,
-    cuda_kernels,
-    cuda_unsupported,
-    never,
-    triton_unsupported,
-)
+from vlmfast.ops._dispatch import Impl, choose
 from vlmfast.ops._pairs import Groups
 
 CHUNK_ELEMENTS = 1 << 24
@@ -146,15 +136,11 @@ def reference_backward(
     return tuple((g * unit).to(t.dtype) for g, t in zip(gradients, (image, text, scale, bias), strict=True))
 
 
-def _kernels() -> Any:
-    return import_module("vlmfast.kernels.sigmoid_loss")
-
-
 IMPLS = {
-    "cpu": Impl(lambda *args: core.sigmoid_loss_forward(*args), reference_backward, cpu_unsupported),
-    "triton": Impl(lambda *args: _kernels().forward(*args), reference_backward, triton_unsupported("products")),
-    "cuda": Impl(lambda *args: cuda_kernels().sigmoid_loss_forward(*args), reference_backward, cuda_unsupported),
-    "torch": Impl(reference_forward, reference_backward, never),
+    "cpu": Impl.cpu("sigmoid_loss", backward=reference_backward),
+    "triton": Impl.triton("sigmoid_loss", backward=reference_backward),
+    "cuda": Impl.cuda("sigmoid_loss", backward=reference_backward),
+    "torch": Impl(reference_forward, reference_backward),
 }
 
 
