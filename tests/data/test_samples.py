@@ -2,12 +2,16 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from vlmfast.data import Collator, EpochSampler, ImageTextDataset, eval_transform, load_tokenizer, pad_features
+from vlmfast.data.dataset import DRAWS, IMAGE_PLACE, SAMPLED, SKIPPED
+from vlmfast.data.images import MAX_PIXELS
+from vlmfast.data.records import FIELDS, IMAGE_EXTENSIONS
 
 RECORD = {"caption": "a cat", "category": "animal", "question": "what?", "answers": ["cat"] * 10, "label": 0,
           "objects": [{"box": [0, 0, 4, 4], "name": "cat"}], "extra": {"deep": [1, None]}}  # fmt: skip
@@ -238,3 +242,10 @@ class TestBatchesOfNothingUsable:
     def test_min_batch_is_not_negative(self):
         with pytest.raises(ValueError, match="min_batch: expected at least 0, got -1"):
             open_dataset("unused", min_batch=-1)
+
+
+def test_the_page_names_every_field_reason_and_the_limit_of_pixels():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    reasons = [*SKIPPED, "missing image", "second image", "duplicate key", "truncated shard", "link to a folder above"]
+    for name in (*FIELDS, *reasons, *IMAGE_EXTENSIONS, IMAGE_PLACE, f"{MAX_PIXELS:,}", f"{SAMPLED:,}", f"{DRAWS:,}"):
+        assert name in page, name
