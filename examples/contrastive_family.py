@@ -20,10 +20,11 @@ import torch
 PAIRS = Path(__file__).parent / "pairs"
 MODELS = ("clip", "cloob", "align", "declip", "siglip", "lit")
 RECIPE = (
-    "--image-size=48", "--vision-layers=5", "--per-device-train-batch-size=512", "--weight-decay=0.1",
+    "--image-size=48", "--per-device-train-batch-size=512", "--weight-decay=0.1",
     "--max-length=16", "--keywords=0.5", "--crop-scale=0.9", "--dataloader-num-workers=1",
     "--save-strategy=no", "--report-to=none", "--bf16",
 )  # fmt: skip
+LAYERS = "--vision-layers=5"
 LEARNING_RATES = {"cloob": 2e-4, "siglip": 3e-4}
 """Of the others 1e-3, at which the features of these two become all the same in the first steps, and stay so."""
 
@@ -38,11 +39,11 @@ def vlmfast(*arguments: str) -> None:
 def run(name: str, folder: Path, options: list[str]) -> dict[str, float]:
     """Scores in percent, and minutes of training, start-up included."""
     output = folder / name
-    tower = [f"--vision-tower={folder / 'clip'}"] if name == "lit" else []
+    tower = [f"--vision-tower={folder / 'clip'}"] if name == "lit" else [LAYERS]
     start = time.perf_counter()
     vlmfast(
         "train",
-        f"--model={name}",
+        name,
         f"--data={PAIRS}/train-*.tar",
         f"--output-dir={output}",
         *options,

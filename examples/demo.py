@@ -36,7 +36,7 @@ def main() -> None:
     epochs = options.epochs or (EPOCHS if bf16 else EPOCHS_WITHOUT_BF16)
     start = time.perf_counter()
     vlmfast(
-        "train", "--model", "clip", "--config", str(HERE / "demo" / "config.json"), "--data", f"{pairs}/train-*.tar",
+        "train", "clip", "--config", str(HERE / "demo" / "config.json"), "--data", f"{pairs}/train-*.tar",
         "--output-dir", str(out), "--per-device-train-batch-size", str(BATCH), "--cache-chunk", str(CHUNK),
         "--num-train-epochs", str(epochs), "--learning-rate", "1e-3", "--weight-decay", "0.1",
         "--max-length", "16", "--crop-scale", "0.9", "--keywords", "0.5", "--dataloader-drop-last", "False",

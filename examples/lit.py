@@ -71,18 +71,17 @@ def main() -> None:
     print(evaluate(model, val, collator).table(), "\n")
     start = time.perf_counter()
     train.features = cache_features(
-        options.output_dir / "locked_features", train, model.encode_locked, model.locked_fingerprint()
+        options.output_dir / "locked_features", train, model.encode_locked, model.frozen_fingerprint()
     )
     print(f"features of {len(train)} training images: {time.perf_counter() - start:.0f} s")
     start = time.perf_counter()
     trainer = PretrainingTrainer(
         model=model,
         args=PretrainingArguments(
+            **{**LiTModel.training_defaults, "learning_rate": options.learning_rate, "weight_decay": 1e-4},
             output_dir=str(options.output_dir),
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            weight_decay=1e-4,
             max_grad_norm=1.0,
             dataloader_num_workers=0,
             save_strategy="no",

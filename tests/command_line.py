@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,11 +36,18 @@ def write_pairs(folder: Path, count: int = PAIRS) -> Path:
     return folder
 
 
-def command(data: Path, output_dir: Path, *extra: str) -> list[str]:
-    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+def command(data: Path, output_dir: Path, *extra: str, model: str = "clip", towers: Sequence[str] = ()) -> list[str]:
+    """`vlmfast train MODEL` of a small model, its towers new ones but for those that options in towers name."""
+    given = [name for name in ("vision", "text") if any(f"--{name}-tower" in option for option in towers)]
+    sizes = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in tiny(model, embed_dim=32).items()
+        if not name.startswith(tuple(f"{kind}_" for kind in given))
+        and not ("vision" in given and name in ("image_size", "patch_size"))
+    ]
     return [
-        sys.executable, "-m", "vlmfast", "train", "--data", str(data), "--output-dir", str(output_dir), *sizes,
-        "--embed-dim=32", "--per-device-train-batch-size=8", f"--max-steps={STEPS}", "--logging-steps=1",
+        sys.executable, "-m", "vlmfast", "train", model, "--data", str(data), "--output-dir", str(output_dir), *sizes,
+        *towers, "--per-device-train-batch-size=8", f"--max-steps={STEPS}", "--logging-steps=1",
         "--report-to=none", "--save-steps=3", "--cache-chunk=4", "--dataloader-num-workers=1", "--use-cpu", *extra,
     ]  # fmt: skip
 

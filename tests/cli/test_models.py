@@ -1,7 +1,8 @@
-"""vlmfast train --model for each model: trained, saved and evaluated from the command line."""
+"""vlmfast train for each model: trained, saved and evaluated from the command line."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -14,8 +15,8 @@ from command_line import PAIRS, assert_same_run, command, logged, run, write_pai
 from safetensors.torch import load_file
 
 from vlmfast.cli import main
-from vlmfast.cli.models import MODELS, model_class, model_type
 from vlmfast.data import load_tokenizer
+from vlmfast.models import MODELS, model_class, model_type
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_every_model_is_known_by_its_model_type() -> None:
 
 def test_declip_sees_two_views_of_each_pair(data: Path, tmp_path: Path) -> None:
     """In chunks."""
-    folder = trained(command(data, tmp_path, "--model=declip", "--max-steps=3", "--save-steps=3"))
+    folder = trained(command(data, tmp_path, "--max-steps=3", "--save-steps=3", model="declip"))
     assert set(logged(folder, 3)) == {1, 2, 3}
     weights = load_file(folder / "model.safetensors")
     assert weights["bank.pushed"] == 3 * 2 * 8
@@ -74,27 +75,28 @@ def test_declip_with_its_preset_and_synonyms(data: Path, tmp_path: Path) -> None
     """The paper's weights but for one; captions are rewritten with synonyms of a file."""
     synonyms = tmp_path / "synonyms.json"
     synonyms.write_text(json.dumps({"square": ["box"]}))
-    options = ["--model=declip", "--declip-weights=paper", "--config-overrides=image_ssl_weight=0"]
+    options = ["--declip-weights=paper", "--config-overrides=image_ssl_weight=0"]
     options += [f"--synonyms={synonyms}", "--max-steps=3"]
-    folder = trained(command(data, tmp_path / "run", *options))
+    folder = trained(command(data, tmp_path / "run", *options, model="declip"))
     config = json.loads((folder / "config.json").read_text())
     assert (config["clip_weight"], config["multi_view_weight"], config["image_ssl_weight"]) == (0.4, 0.2, 0)
     assert set(logged(folder, 3)) == {1, 2, 3}
-    plain = trained(command(data, tmp_path / "plain", *(option for option in options if "synonyms" not in option)))
+    without = [option for option in options if "synonyms" not in option]
+    plain = trained(command(data, tmp_path / "plain", *without, model="declip"))
     assert logged(plain, 3) != logged(folder, 3)
 
 
 @pytest.mark.parametrize("name", ["cloob", "align", "siglip"])
 def test_trains_resumes_and_is_evaluated(name: str, data: Path, tmp_path: Path) -> None:
     """In chunks; stopped after the first checkpoint, the second run gives what the first would have given."""
-    options = [f"--model={name}", "--vision-layers=3", "--max-steps=6"]
-    whole = trained(command(data, tmp_path / "whole", *options))
+    options = ["--vision-layers=3", "--max-steps=6"]
+    whole = trained(command(data, tmp_path / "whole", *options, model=name))
     assert set(logged(whole, 6)) == {1, 2, 3, 4, 5, 6}
     part = tmp_path / "part"
     part.mkdir()
     (whole / "checkpoint-3").rename(part / "checkpoint-3")
     shutil.copy(whole / "run.json", part)
-    resumed = trained(command(data, part, *options, "--resume"))
+    resumed = trained(command(data, part, *options, "--resume", model=name))
     assert logged(resumed, 6) == logged(whole, 6)
     weights = load_file(whole / "model.safetensors")
     assert all(torch.equal(value, weights[key]) for key, value in load_file(resumed / "model.safetensors").items())
@@ -104,8 +106,9 @@ def test_trains_resumes_and_is_evaluated(name: str, data: Path, tmp_path: Path) 
 
 def test_lit_locks_its_tower_and_reads_the_cache(data: Path, towers: list[str], tmp_path: Path) -> None:
     """One process and two with half the batch each; the tower's own weights and normalisation are in the checkpoint."""
-    options = ["--model=lit", *towers, f"--cache-locked-features={tmp_path / 'features'}"]
-    one = trained(command(data, tmp_path / "one", *options))
+    features = f"--cache-features={tmp_path / 'features'}"
+    lit = {"model": "lit", "towers": towers}
+    one = trained(command(data, tmp_path / "one", features, **lit))
     assert (tmp_path / "features" / "000000.npy").exists()
     before = load_file(Path(towers[0].partition("=")[2]) / "model.safetensors")
     after = load_file(one / "model.safetensors")
@@ -115,18 +118,18 @@ def test_lit_locks_its_tower_and_reads_the_cache(data: Path, towers: list[str], 
     assert json.loads((one / "config.json").read_text())["image_mean"] == [0.5, 0.4, 0.3]
     assert evaluated(one, data)["num_pairs"] == PAIRS
 
-    halves = command(data, tmp_path / "two", *options, "--per-device-train-batch-size=4", "--ddp-backend=gloo")
-    halves[halves.index(f"--cache-locked-features={tmp_path / 'features'}")] += "-of-two"
+    of_two = ["--per-device-train-batch-size=4", "--ddp-backend=gloo"]
+    halves = command(data, tmp_path / "two", f"{features}-of-two", *of_two, **lit)
     two = trained([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *halves[1:]])
     assert logged(two) == pytest.approx(logged(one), rel=1e-4)
 
-    again = command(data, tmp_path / "again", *options)
+    again = command(data, tmp_path / "again", features, **lit)
     assert_same_run(trained(again), one)  # reads what the first run wrote
 
 
 def test_lit_with_a_text_tower_from_scratch(data: Path, towers: list[str], tmp_path: Path) -> None:
     """The paper's Lu: of the two towers that LU has, the image's alone."""
-    folder = trained(command(data, tmp_path, "--model=lit", towers[0], "--max-steps=3"))
+    folder = trained(command(data, tmp_path, "--max-steps=3", model="lit", towers=towers[:1]))
     config = json.loads((folder / "config.json").read_text())
     assert config["text_config"]["hidden_size"] == 64
     assert config["vision_config"]["hidden_size"] == config["projection_dim"] == 32
@@ -136,7 +139,7 @@ def test_lit_with_a_text_tower_from_scratch(data: Path, towers: list[str], tmp_p
 
 
 def test_clip_takes_pretrained_towers(data: Path, towers: list[str], tmp_path: Path) -> None:
-    folder = trained(command(data, tmp_path, *towers, "--max-steps=3", "--learning-rate=0"))
+    folder = trained(command(data, tmp_path, "--max-steps=3", "--learning-rate=0", towers=towers))
     for name, option in zip(("vision_model", "text_model"), towers, strict=True):
         before = load_file(Path(option.partition("=")[2]) / "model.safetensors")
         after = load_file(folder / "model.safetensors")
@@ -147,25 +150,84 @@ def test_clip_takes_pretrained_towers(data: Path, towers: list[str], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("model", "options", "message", "code"),
     [
-        (["--model=lit"], "--model lit needs the --vision-tower that it locks"),
-        (["--cache-locked-features=x"], "--cache-locked-features needs a locked tower, --model lit; got clip"),
-        (["--config=x.json", "--vision-tower=x"], "--config and --vision-tower and --text-tower exclude each other"),
-        (["--vision-tower=./nowhere"], "./nowhere is not the folder of a checkpoint"),
-        (["--model=declip", "--jitter=0.1"], "--jitter: DeCLIP's views have their own"),
-        (["--synonyms=x.json"], "--synonyms needs --model declip, which rewrites captions; got clip"),
+        ("lit", [], "lit needs the --vision-tower that it locks", 1),
+        ("clip", ["--cache-features=x"], "--cache-features x: CLIPModel has no frozen part whose features it reads", 1),
+        ("clip", ["--config=x.json", "--vision-tower=x"], "--vision-tower x has no effect beside --config", 1),
+        ("clip", ["--config=x.json", "--pretrained=x"], "--pretrained and --config exclude each other", 1),
+        ("clip", ["--pretrained=x", "--patch-size=4"], "--patch-size 4 has no effect beside --pretrained", 1),
+        ("clip", ["--vision-tower=x", "--patch-size=4"], "--patch-size 4 has no effect beside --vision-tower x", 1),
+        ("clip", ["--text-tower=x", "--text-layers=4"], "--text-layers 4 has no effect beside --text-tower x", 1),
+        ("clip", ["--vision-tower=./nowhere"], "./nowhere is not the folder of a checkpoint", 1),
+        ("declip", ["--jitter=0.1"], "--jitter: the two views have their own", 1),
+        ("clip", ["--synonyms=x.json"], "unrecognized arguments: --synonyms=x.json", 2),
+        ("siglip", ["--embed-dim=64"], "unrecognized arguments: --embed-dim=64", 2),
+        ("align", ["--embed-dim=64"], "unrecognized arguments: --embed-dim=64", 2),
+        ("clip", ["--patchsize=4"], "unrecognized arguments: --patchsize=4; did you mean --patch-size?", 2),
+        ("clip", ["--patch-size=0"], "--patch-size: expected at least 1, got 0", 1),
+        ("clip", ["--embed-dim=-4"], "--embed-dim: expected at least 1, got -4", 1),
+        ("clip", ["--flip=2"], "--flip: expected a number from 0 to 1, got 2.0", 1),
+        ("clip", ["--max-length=many"], "argument --max_length/--max-length: invalid int value: 'many'", 2),
+        ("clip", ["--keywords=2"], "--keywords: expected a probability, got 2.0", 2),
+        ("clap", [], "MODEL must be one of clip, ", 1),
+        ("nowhere:Model", [], "MODEL: no module named 'nowhere', of 'nowhere:Model'", 1),
+        ("json:JSONDecoder", [], "MODEL: expected a class that extends Pretrainable, got json:JSONDecoder", 1),
     ],
 )
 def test_what_cannot_be_is_refused(
-    data: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    tmp_path: Path,
+    model: str,
+    options: list[str],
+    message: str,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    program = [sys.executable, "-m", "vlmfast"]
-    assert (arguments := command(data, tmp_path, *options))[:3] == program
-    assert main(arguments[3:]) == 1
+    arguments = ["train", model, "--data", str(data), "--output-dir", str(tmp_path / "out"), "--use-cpu", *options]
+    assert main(arguments) == code
     errors = capsys.readouterr().err
     assert message in errors
     assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "clip", "--output-dir", "out"]) == 2
+    assert "--data is needed" in capsys.readouterr().err
+
+
+def test_the_help_of_a_model_is_of_that_model_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for name in MODELS:
+        fields = dataclasses.fields(model_class(name).Options)
+        assert main(["train", name, "--help"]) == 0
+        text = capsys.readouterr().out
+        shown[name] = {word for word in text.split() if word.startswith("--")}
+        assert {f"--{field.name.replace('_', '-')}" for field in fields} <= shown[name]
+        assert len(text.splitlines()) <= 80
+        assert text.index("--pretrained") < text.index("--val-data") < text.index("--output-dir")
+    assert "--declip-weights" in shown["declip"]
+    assert not any("--declip-weights" in shown[name] for name in MODELS if name != "declip")
+    assert main(["train", "clip", "--help-all"]) == 0
+    assert "--adam-beta2" in capsys.readouterr().out
+    assert not any("--adam-beta2" in flags for flags in shown.values())
+
+
+def test_the_name_of_earlier_versions_goes_on_working(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, name in ((["--model", "lit"], "lit"), (["--model=lit"], "lit"), (["--vision-tower=./x"], "clip")):
+        assert main(["train", *arguments, "--data", str(data), "--output-dir", str(tmp_path / "out")]) == 1
+        assert f"vlmfast train {name} ..." in capsys.readouterr().err
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in MODELS:
+        cls = model_class(name)
+        assert sum(line.split()[:1] == [name] and cls.paper in line and cls.strategy in line for line in lines) == 1
 
 
 def test_a_checkpoint_of_something_else_is_refused(

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 import transformers
-from command_line import TINY
+from command_line import tiny
 
-from vlmfast.cli.models import DECLIP_WEIGHTS, ModelArguments, build_model
 from vlmfast.data import load_tokenizer
+from vlmfast.models import model_class
 from vlmfast.models.contrastive import CLIPConfig, DeCLIPConfig, LiTModel
+from vlmfast.models.contrastive.declip import WEIGHTS
 
 
-def build(model: str, *overrides: str, **options: object) -> transformers.PreTrainedModel:
-    sizes = {**TINY, "vision_layers": 3}
-    arguments = ModelArguments(model=model, config_overrides=list(overrides) or None, **{**sizes, **options})
-    return build_model(arguments, load_tokenizer(), 12)
+def build(model: str, *overrides: str, tokenizer: object = None, **options: object) -> transformers.PreTrainedModel:
+    """A small model from scratch, or what other options name."""
+    cls = model_class(model)
+    chosen = options or tiny(model, vision_layers=3)
+    made = cls.Options(config_overrides=list(overrides) or None, max_length=12, **chosen)
+    return cls.build(made, tokenizer or load_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def test_fields_of_a_model_of_two_towers(towers: dict[str, str]) -> None:
 
 
 def test_fields_of_a_checkpoint_and_of_a_config_file(tmp_path: Path) -> None:
-    build("declip", image_size=16).save_pretrained(tmp_path)
+    build("declip").save_pretrained(tmp_path)
     model = build("declip", "image_ssl_weight=0", pretrained=str(tmp_path))
     assert model.projector is None
     assert model.text_predictor is not None
@@ -72,25 +75,23 @@ def test_declip_goes_on_from_a_clip_that_knows_no_mask_token(tmp_path: Path) -> 
     words = len(tokenizer)
     tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     for options in ({"pretrained": str(tmp_path)}, {"text_tower": str(tmp_path)}):
-        model = build_model(ModelArguments(model="declip", **{**TINY, **options}), tokenizer, 12)
+        model = build("declip", tokenizer=tokenizer, **options)
         assert model.config.text_config.vocab_size == model.text_predictor.out_features == words + 1
     tokenizer.add_tokens(["<|another|>"])
     with pytest.raises(
         ValueError, match=f"--tokenizer has {words + 2} tokens, more than the {words} of the text tower"
     ):
-        build_model(ModelArguments(model="declip", pretrained=str(tmp_path)), tokenizer, 12)
+        build("declip", tokenizer=tokenizer, pretrained=str(tmp_path))
 
 
 def test_presets_of_declips_weights() -> None:
-    assert set(DECLIP_WEIGHTS) == {"released", "released-88m-vit", "paper"}
-    for preset, name in DECLIP_WEIGHTS.items():
-        weights = getattr(DeCLIPConfig, name)
-        model = build("declip", declip_weights=preset)
+    assert set(WEIGHTS) == {"released", "released-88m-vit", "paper"}
+    for preset, weights in WEIGHTS.items():
+        model = build("declip", declip_weights=preset, **tiny("declip"))
         assert {key: getattr(model.config, key) for key in weights} == weights
-    model = build("declip", "text_ssl_weight=0.5", declip_weights="paper")
+    model = build("declip", "text_ssl_weight=0.5", declip_weights="paper", **tiny("declip"))
     assert (model.config.clip_weight, model.config.text_ssl_weight) == (0.4, 0.5)
-    with pytest.raises(ValueError, match="--declip-weights needs --model declip; got clip"):
-        build("clip", declip_weights="paper")
+    assert {key: getattr(DeCLIPConfig(), key) for key in WEIGHTS["released"]} == WEIGHTS["released"]
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ from importlib import import_module
 import torch
 
 import vlmfast
+from vlmfast.cli.arguments import UsageError
 
 COMMANDS = {
-    "train": ("vlmfast.cli.train", "Pretrain a model on image-text pairs."),
+    "train": ("vlmfast.cli.train", "Train a model."),
     "eval": ("vlmfast.cli.evaluate", "Retrieval and zero-shot scores of a checkpoint."),
     "convert": ("vlmfast.cli.convert", "A public data set to tar shards."),
+    "models": ("vlmfast.cli.models", "Every model, its strategy, tasks and paper."),
     "bench": ("vlmfast.cli.bench", "Ops and training steps beside what people use instead: time, memory, error."),
     "doctor": ("vlmfast.cli.doctor", "What runs on this machine, why not the rest, and whether it is right."),
 }
@@ -65,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         extra = EXTRAS.get(command, "train")
         print(f"vlmfast {command}: {error.name} is not installed; pip install 'vlmfast[{extra}]'", file=sys.stderr)
+    except UsageError as error:
+        print(f"vlmfast {command}: {error}", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("VLMFAST_TRACEBACK") == "1":
             raise

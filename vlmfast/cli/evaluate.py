@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmfast.models import model_class, model_type
 from vlmfast.tasks import TASKS, default_task, task_class
 
 if TYPE_CHECKING:
@@ -50,14 +51,13 @@ def run(arguments: Sequence[str]) -> int:
     from transformers.utils import logging
 
     from vlmfast.data import load_tokenizer
-    from vlmfast.models.contract import existing
 
     # The task decides which flags there are, and the model which task it is.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--task", "--model", "--checkpoint"):
         early.add_argument(name)
     known, _ = early.parse_known_args(arguments)
-    cls: Any = _model_class(known.model, known.checkpoint) if known.checkpoint else None
+    cls: Any = model_class(known.model or model_type(known.checkpoint)) if known.checkpoint else None
     task_name = known.task or (default_task(cls) if cls else next(iter(TASKS)))
     task = task_class(task_name)
     description = f"Scores of a checkpoint on the task {task_name}."
@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
-    model = cls.from_pretrained(existing(args.checkpoint))
+    model = cls.from_pretrained(args.checkpoint)
     scores = task(task_options).evaluate(
         model,
         args.data,
@@ -91,20 +91,6 @@ def run(arguments: Sequence[str]) -> int:
         scores.report(args.report)
         print(f"report: {args.report}")
     return 0
-
-
-def _model_class(name: str | None, checkpoint: str) -> Any:
-    """The class that --model names, or the model_type of the checkpoint."""
-    from transformers import PreTrainedConfig
-
-    from vlmfast.cli import models
-    from vlmfast.models.contract import ImageTextOptions, Pretrainable, existing
-
-    if name is None:
-        name = str(PreTrainedConfig.get_config_dict(existing(checkpoint))[0].get("model_type"))
-    # Until the classes extend Pretrainable themselves.
-    cls = models.model_class(name)
-    return type(cls.__name__, (Pretrainable, cls), {"Options": ImageTextOptions, "tasks": ("retrieval", "zero_shot")})
 
 
 def _model_options(model: Any, args: EvalArguments) -> Options:

@@ -4,50 +4,65 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmfast.cli.models import ModelArguments, build_model, existing, image_size
+from vlmfast.cli.arguments import UsageError, parse
+from vlmfast.models import MODELS, model_class
+from vlmfast.models.contract import existing
+
+SHOWN = (
+    "output_dir",
+    "resume",
+    "per_device_train_batch_size",
+    "cache_chunk",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "bf16",
+    "dataloader_num_workers",
+    "eval_strategy",
+    "eval_steps",
+    "save_steps",
+    "logging_steps",
+    "seed",
+    "report_to",
+    "use_cpu",
+)
+"""Of the Trainer's options, those that --help shows."""
+RENAMED = {"--cache-locked-features": "--cache-features"}
 
 
 @dataclass
 class DataArguments:
-    """The pairs, and how they are augmented."""
+    """The samples, and what is done with them before training."""
 
     data: str = field(
         default="",
-        metadata={
-            "help": "Training pairs: a glob of webdataset .tar shards, a .csv or .tsv of path and caption, or a folder."
-        },
+        metadata={"help": "Samples: a glob of webdataset .tar shards, a .csv or .tsv, or a folder (docs/data.md)."},
     )
-    val_data: str | None = field(default=None, metadata={"help": "Pairs to evaluate on, for --eval-strategy."})
+    val_data: str | None = field(default=None, metadata={"help": "Samples to evaluate on, for --eval-strategy."})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Name or folder of a transformers tokenizer; by default the bundled one."}
+        default=None, metadata={"help": "Name or folder of a transformers tokenizer; by default the model's own."}
     )
-    max_length: int = field(default=32, metadata={"help": "Tokens of a caption at most, start and end included."})
-    crop_scale: float = field(default=0.6, metadata={"help": "Least share of an image's area in a random crop."})
-    flip: float = field(default=0.0, metadata={"help": "Probability of a left-right flip."})
     keywords: float = field(
-        default=0.0, metadata={"help": "Probability that keywords of a pair's JSON stand for its caption."}
+        default=0.0, metadata={"help": "Probability that keywords of a sample's record stand for its caption."}
     )
-    jitter: float = field(
-        default=0.0,
-        metadata={"help": "Strength of brightness, contrast and saturation jitter; DeCLIP's views have their own."},
-    )
-    synonyms: str | None = field(
+    cache_features: str | None = field(
         default=None,
-        metadata={
-            "help": "DeCLIP: a JSON file of words and lists of their synonyms, for its second view of a caption."
-        },
+        metadata={"help": "A folder for what frozen parts give, computed once; images are then not augmented."},
     )
-    cache_locked_features: str | None = field(
-        default=None,
-        metadata={
-            "help": "LiT: a folder for the locked tower's features, computed once; images are then not augmented."
-        },
-    )
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UsageError("--data is needed: shards, a table or a folder of samples")
+        if not 0 <= self.keywords <= 1:
+            raise UsageError(f"--keywords: expected a probability, got {self.keywords}")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -55,19 +70,34 @@ def run(arguments: Sequence[str]) -> int:
 
     Returns 0, or 128 + the number of the signal that stopped the run after a checkpoint.
     """
-    from transformers import HfArgumentParser, set_seed
+    name, rest = _model_name(arguments)
+    if name is None:
+        print(f"usage: vlmfast train MODEL --data DATA --output-dir FOLDER [options]\n\nMODEL: {', '.join(MODELS)},")
+        print("or package.module:Class for one of your own.")
+        print("'vlmfast train MODEL --help' lists the options, 'vlmfast models' what each model is.")
+        return 0
+    from transformers import set_seed
     from transformers.utils import logging
 
-    from vlmfast.data import load_tokenizer
     from vlmfast.training import PretrainingArguments, PretrainingTrainer, last_checkpoint
 
-    parser = HfArgumentParser((ModelArguments, DataArguments, PretrainingArguments), prog="vlmfast train")
-    model_args, data_args, args = parser.parse_args_into_dataclasses(list(arguments))
-    if not data_args.data:
-        raise ValueError("--data is needed: shards, a table or a folder of image-text pairs")
+    cls = model_class(name)
+    parsed = parse(
+        f"vlmfast train {name}",
+        {
+            f"{name}: {cls.paper}": (cls.Options, {}),
+            "data": (DataArguments, {}),
+            "training": (PretrainingArguments, cls.training_defaults),
+        },
+        rest,
+        shown=SHOWN,
+    )
+    if parsed is None:
+        return 0
+    options, data_args, args = parsed
     output_dir = Path(args.output_dir)
     checkpoint = last_checkpoint(output_dir) if output_dir.exists() else None
-    record = _record(model_args, data_args, args)
+    record = _record(name, options, data_args, args)
     if args.resume and checkpoint:
         _check_same_run(output_dir / "run.json", record)
     elif checkpoint:
@@ -75,16 +105,13 @@ def run(arguments: Sequence[str]) -> int:
 
     logging.disable_progress_bar()
     set_seed(args.seed)
-    texts = model_args.text_tower or model_args.pretrained
-    tokenizer = load_tokenizer(data_args.tokenizer or (texts and existing(texts)))
-    if model_args.model == "declip" and tokenizer.mask_token_id is None:
-        tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
-    model = build_model(model_args, tokenizer, data_args.max_length)
-    side = image_size(model, model_args.image_size)
-    dataset, collator = _training_data(model_args.model, model, tokenizer, side, data_args, args)
+    options.check()
+    tokenizer = _tokenizer(cls, options, data_args)
+    model = cls.build(options, tokenizer)
+    dataset, collator = _training_data(model, tokenizer, options, data_args, args)
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(dataset) < batch:
-        raise ValueError(f"--data has {len(dataset)} pairs, fewer than one batch of {batch}")
+        raise ValueError(f"--data has {len(dataset)} samples, fewer than one batch of {batch}")
 
     trainer = PretrainingTrainer(
         model=model,
@@ -92,13 +119,15 @@ def run(arguments: Sequence[str]) -> int:
         train_dataset=dataset,
         data_collator=collator,
         processing_class=tokenizer,
-        evaluator=_evaluator(data_args, tokenizer, side, args),
+        evaluator=_evaluator(model, tokenizer, options, data_args, args),
     )
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{model_args.model}: {parameters / 1e6:.1f}M parameters, {len(dataset)} pairs, batch {batch}")
+        parameters = [p.numel() for p in model.parameters()]
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        kept = f", {frozen / 1e6:.1f}M of them frozen" if frozen else ""
+        print(f"{name}: {sum(parameters) / 1e6:.1f}M parameters{kept}, {len(dataset)} samples, batch {batch}")
         if args.resume:
             print(
                 f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {output_dir}: starting from step 0"
@@ -110,9 +139,9 @@ def run(arguments: Sequence[str]) -> int:
 
     received = trainer.stop.received
     if received is not None:
-        name = signal.Signals(received).name
+        signal_name = signal.Signals(received).name
         if trainer.is_world_process_zero():
-            print(f"stopped by {name} after step {trainer.state.global_step}; --resume goes on from there")
+            print(f"stopped by {signal_name} after step {trainer.state.global_step}; --resume goes on from there")
         return 128 + received
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -120,67 +149,87 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _training_data(
-    name: str, model: Any, tokenizer: Any, side: int, data_args: DataArguments, args: Any
-) -> tuple[Any, Any]:
-    """The dataset, and what makes batches of it: pairs, two views of each for DeCLIP, or LiT's cached features."""
+def _model_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """MODEL, None when only help is asked for, and what follows; --model NAME of earlier versions goes on working."""
+    rest = [RENAMED.get(option, option) + equals + value for option, equals, value in map(_split, arguments)]
+    if rest and not rest[0].startswith("-"):
+        return rest[0], rest[1:]
+    for k, argument in enumerate(rest):
+        option, equals, value = _split(argument)
+        if option != "--model":
+            continue
+        name = value if equals else "".join(rest[k + 1 : k + 2])
+        print(f"vlmfast train: --model {name} is now the first argument: vlmfast train {name} ...", file=sys.stderr)
+        return name, rest[:k] + rest[k + 1 + (not equals) :]
+    if {"-h", "--help", "--help-all"} & set(rest) or not rest:
+        return None, rest
+    first = next(iter(MODELS))
+    print(f"vlmfast train: no MODEL named, so {first}: vlmfast train {first} ...", file=sys.stderr)
+    return first, rest
+
+
+def _split(argument: str) -> tuple[str, str, str]:
+    return argument.partition("=") if argument.startswith("--") else (argument, "", "")
+
+
+def _tokenizer(cls: Any, options: Any, data_args: DataArguments) -> Any:
+    """The tokenizer, with the special tokens that the model needs."""
+    from vlmfast.data import load_tokenizer
+
+    source = options.tokenizer_source()
+    tokenizer = load_tokenizer(data_args.tokenizer or (source and existing(source)))
+    missing = {name: token for name, token in cls.special_tokens.items() if getattr(tokenizer, name) is None}
+    if missing:
+        tokenizer.add_special_tokens(missing)
+    return tokenizer
+
+
+def _training_data(model: Any, tokenizer: Any, options: Any, data_args: DataArguments, args: Any) -> tuple[Any, Any]:
+    """The dataset, and what makes batches of it; with --cache-features what frozen parts give, in the images' place."""
     from vlmfast import data
 
-    def pairs(transform: Any) -> data.ImageTextDataset:
-        return data.ImageTextDataset(
-            data_args.data,
-            transform=transform,
-            keywords=data_args.keywords,
-            seed=args.seed,
-            min_batch=min(2, args.train_batch_size),  # a contrastive loss tells a pair from another
+    folder = data_args.cache_features
+    if folder is not None and not hasattr(model, "frozen_features"):
+        raise ValueError(
+            f"--cache-features {folder}: {type(model).__name__} has no frozen part whose features it reads"
         )
-
-    folder, crop = data_args.cache_locked_features, (data_args.crop_scale, 1.0)
-    if folder is not None and name != "lit":
-        raise ValueError(f"--cache-locked-features needs a locked tower, --model lit; got {name}")
-    if data_args.synonyms is not None and name != "declip":
-        raise ValueError(f"--synonyms needs --model declip, which rewrites captions; got {name}")
-    if name == "declip":
-        if data_args.jitter:
-            raise ValueError(f"--jitter: DeCLIP's views have their own, expected 0; got {data_args.jitter}")
-        views = data.two_views(data.moco_transform(side, scale=crop, flip=data_args.flip))
-        synonyms = None if data_args.synonyms is None else data.read_synonyms(data_args.synonyms)
-        return pairs(views), data.TwoViewCollator(
-            tokenizer, max_length=data_args.max_length, rewrite=data.EDA(synonyms=synonyms)
-        )
-    if folder is None:
-        transform = data.train_transform(side, scale=crop, flip=data_args.flip, jitter=data_args.jitter)
-        return pairs(transform), data.Collator(tokenizer, max_length=data_args.max_length)
-    dataset = pairs(data.eval_transform(side))
-    model.to(args.device)
-    dataset.features = data.cache_features(
-        folder,
-        dataset,
-        lambda pixels: model.encode_locked(pixels.to(args.device)),
-        model.locked_fingerprint(),
-        num_workers=args.dataloader_num_workers,
-        rank=args.process_index,
-        world_size=args.world_size,
-        progress=lambda done, blocks: print(f"locked features: {done} of {blocks} blocks", flush=True),
+    dataset = data.ImageTextDataset(
+        data_args.data,
+        transform=model.transform(options, train=folder is None),
+        keywords=data_args.keywords,
+        seed=args.seed,
+        requires=model.requires,
+        min_batch=min(2, args.train_batch_size),  # a contrastive loss tells a pair from another
     )
-    args.distributed_state.wait_for_everyone()
-    return dataset, data.Collator(tokenizer, max_length=data_args.max_length, images="locked_features")
+    if folder is not None:
+        options.refuse(("crop_scale", "flip", "jitter"), f"--cache-features {folder}: images are not augmented")
+        model.to(args.device)
+        dataset.features = data.cache_features(
+            folder,
+            dataset,
+            lambda pixels: model.frozen_features(pixel_values=pixels.to(args.device)),
+            model.frozen_fingerprint(),
+            num_workers=args.dataloader_num_workers,
+            rank=args.process_index,
+            world_size=args.world_size,
+            progress=lambda done, blocks: print(f"frozen features: {done} of {blocks} blocks", flush=True),
+        )
+        dataset.transform = None
+        args.distributed_state.wait_for_everyone()
+    return dataset, model.collator(options, tokenizer, train=True)
 
 
-def _evaluator(data_args: DataArguments, tokenizer: Any, image_size: int, args: Any) -> Any:
+def _evaluator(model: Any, tokenizer: Any, options: Any, data_args: DataArguments, args: Any) -> Any:
     if data_args.val_data is None:
         if args.eval_strategy != "no":
             raise ValueError("--eval-strategy needs --val-data")
         return None
-    from vlmfast.data import Collator, ImageTextDataset, eval_transform
-    from vlmfast.tasks.retrieval import evaluate
+    from vlmfast.tasks import default_task, evaluator
 
-    dataset = ImageTextDataset(data_args.val_data, transform=eval_transform(image_size))
-    collator = Collator(tokenizer, max_length=data_args.max_length)
-    return lambda model: evaluate(model, dataset, collator, device=args.device, progress=False).metrics
+    return evaluator(default_task(type(model)), data_args.val_data, tokenizer, options, device=args.device)
 
 
-def _record(model_args: ModelArguments, data_args: DataArguments, args: Any) -> dict[str, Any]:
+def _record(name: str, options: Any, data_args: DataArguments, args: Any) -> dict[str, Any]:
     """What decides the course of a run; a resumed run must agree with it."""
     names = (
         "seed num_train_epochs max_steps learning_rate weight_decay warmup_steps gradient_accumulation_steps bf16 fp16"
@@ -188,8 +237,9 @@ def _record(model_args: ModelArguments, data_args: DataArguments, args: Any) -> 
     chosen = {name: getattr(args, name) for name in names.split()}
     chosen["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     chosen["global_batch_size"] = args.train_batch_size * args.world_size
-    data = {name: value for name, value in vars(data_args).items() if name != "val_data"}
-    return {"model": dict(vars(model_args)), "data": data, "training": chosen}
+    data = {key: value for key, value in vars(data_args).items() if key != "val_data"}
+    settings = {key: value for key, value in vars(options).items() if key != "typed"}
+    return {"model": {"model": name, **settings}, "data": data, "training": chosen}
 
 
 def _check_same_run(path: Path, record: dict[str, Any]) -> None:

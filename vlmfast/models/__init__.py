@@ -16,6 +16,23 @@ MODELS = {
 """By the model_type of their configs: "module:Class"."""
 
 
+def model_type(checkpoint: str) -> str:
+    """The model_type of a checkpoint, a folder or a name on a hub, one of MODELS.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    from transformers import PreTrainedConfig
+
+    from vlmfast.models.contract import existing
+
+    found, _ = PreTrainedConfig.get_config_dict(existing(checkpoint))
+    name = found.get("model_type")
+    if name not in MODELS:
+        raise ValueError(f"{checkpoint}: expected a checkpoint of {', '.join(MODELS)}; got model_type {name!r}")
+    return str(name)
+
+
 def model_class(name: str) -> Any:
     """The class of a model: one of MODELS, or "package.module:Class" for one of your own.
 

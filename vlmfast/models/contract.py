@@ -61,6 +61,17 @@ class Options:
     typed: ClassVar[frozenset[str]] = frozenset()
     """Names that stood on the command line, which sets it on the object."""
 
+    def __post_init__(self) -> None:
+        """Sizes and counts are at least 1.
+
+        Raises:
+            ValueError: one is not; the message names the flag.
+        """
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"{flag(each.name)}: expected at least 1, got {value}")
+
     def is_given(self, name: str) -> bool:
         """Whether a field was asked for: typed on the command line, or another value than the default."""
         default = next(f for f in dataclasses.fields(self) if f.name == name).default
@@ -78,6 +89,14 @@ class Options:
             if name in own and self.is_given(name):
                 raise ValueError(f"{flag(name)} {getattr(self, name)} has no effect beside {because}")
 
+    def check(self) -> None:
+        """ValueError where flags exclude each other, or one would be ignored."""
+        if self.pretrained and self.config:
+            raise ValueError("--pretrained and --config exclude each other")
+        made = "--pretrained" if self.pretrained else "--config" if self.config else None
+        if made:
+            self.refuse(self.new_model, f"{made}, which says how the model is made")
+
     def tokenizer_source(self) -> str | None:
         """Name or folder whose tokenizer is the default one; None for the bundled tokenizer."""
         return self.pretrained
@@ -94,6 +113,13 @@ class ImageTextOptions(Options):
     crop_scale: float = field(default=0.6, metadata={"help": "Least share of an image's area in a random crop."})
     flip: float = field(default=0.0, metadata={"help": "Probability of a left-right flip."})
     jitter: float = field(default=0.0, metadata={"help": "Strength of brightness, contrast and saturation jitter."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("crop_scale", "flip", "jitter"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (name == "crop_scale" and value == 0):
+                raise ValueError(f"{flag(name)}: expected a number from 0 to 1, got {value}")
 
 
 class JointFeatures(NamedTuple):
@@ -146,12 +172,8 @@ class Pretrainable:
         """
         from huggingface_hub.errors import StrictDataclassError
 
+        options.check()
         chosen = cls.overrides(options)
-        if options.pretrained and options.config:
-            raise ValueError("--pretrained and --config exclude each other")
-        made = "--pretrained" if options.pretrained else "--config" if options.config else None
-        if made:
-            options.refuse(options.new_model, f"{made}, which says how the model is made")
         try:
             if options.pretrained:
                 model = cls.from_pretrained(existing(options.pretrained), **chosen)  # type: ignore[attr-defined]

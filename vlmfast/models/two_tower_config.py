@@ -38,6 +38,13 @@ class TwoTowerOptions(ImageTextOptions):
         "embed_dim",
     )
 
+    def check(self) -> None:
+        super().check()
+        if self.vision_tower:
+            self.refuse(("vision_width", "vision_layers", "patch_size"), f"--vision-tower {self.vision_tower}")
+        if self.text_tower:
+            self.refuse(("text_width", "text_layers"), f"--text-tower {self.text_tower}")
+
     def tokenizer_source(self) -> str | None:
         return self.text_tower or self.pretrained
 

@@ -129,10 +129,6 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
     @classmethod
     def create(cls, options: Any, tokenizer: Any, **overrides: Any) -> Self:
         towers = {"vision": options.vision_tower, "text": options.text_tower}
-        for name, tower in towers.items():
-            if tower:
-                unused = [field for field in options.new_model if field.startswith(f"{name}_") and "tower" not in field]
-                options.refuse([*unused, *(["patch_size"] if name == "vision" else [])], f"--{name}-tower {tower}")
         if tokenizer.eos_token_id is None and not options.text_tower:
             raise ValueError(
                 f"--tokenizer {tokenizer.name_or_path} has no end-of-text token; pass --text-tower or --config"
