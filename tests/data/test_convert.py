@@ -134,6 +134,14 @@ class TestImages:
         # The first shard would be empty.
         assert [path.name for path in done.shards] == ["shard-00001.tar", "shard-00002.tar"]
 
+    def test_those_of_too_many_pixels_are_a_reason_of_their_own(
+        self, many: Published, tmp_path: Path, png: Png, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (many.images / "img" / "5.png").write_bytes(png(5, (9, 8)))
+        monkeypatch.setattr("vlmfast.data.images.MAX_PIXELS", 64)
+        done = convert("hateful-memes", many.files, many.images, tmp_path / "shards")
+        assert (done.samples, done.skipped) == (6, {"image of too many pixels": 1})
+
     def test_none_at_all_is_an_error_that_says_where_they_were_looked_for(
         self, many: Published, tmp_path: Path
     ) -> None:

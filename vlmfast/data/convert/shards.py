@@ -15,7 +15,7 @@ from typing import Any
 
 from vlmfast.data.convert.formats import FORMATS
 from vlmfast.data.convert.items import Item, SkipError, inside
-from vlmfast.data.images import decode_image
+from vlmfast.data.images import TooManyPixelsError, decode_image
 
 STATE = "convert.json"  # in the output folder: what was converted, and the shards that are whole
 EXTENSIONS = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n", "webp": b"RIFF"}
@@ -42,8 +42,8 @@ def convert(
     """Write `output`/shard-00000.tar and so on: image files as they are, and records in the schema of docs/data.md.
 
     A shard takes its name when it is whole, so a run that was stopped leaves none that is cut. The same call again
-    goes on after the last whole shard. Images that are missing, damaged or neither WebP, JPEG nor PNG are skipped and
-    counted.
+    goes on after the last whole shard. Images that are missing, damaged, of too many pixels, or neither WebP, JPEG
+    nor PNG are skipped and counted.
 
     Args:
         format: a name in FORMATS.
@@ -51,7 +51,7 @@ def convert(
         images: folder of the image files.
         output: folder for the shards; what it holds of another conversion is refused.
         shard_size: items of a shard, those that are skipped included.
-        progress: show a bar on standard error; needs tqdm.
+        progress: show a bar on standard error.
     Raises:
         ValueError: an argument is out of its range, a file is of another format, `output` holds another conversion,
             or no item could be used.
@@ -182,6 +182,8 @@ def _read_image(folder: Path, names: tuple[str, ...]) -> tuple[str, bytes]:
         raise SkipError("damaged image")
     try:
         decode_image(data, min_side=1)  # a JPEG is decoded at an eighth of its size, to the end
+    except TooManyPixelsError as error:
+        raise SkipError("image of too many pixels") from error
     except ValueError as error:
         raise SkipError("damaged image") from error
     return extension, data
