@@ -1,39 +1,17 @@
 """Plain-coloured images captioned with their colour, and a model that knows the colours."""
 
-import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from helpers.toys import COLD, COLOURS, WARM, WORDS, Member, png, word_tokenizer, write_tar
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from vlmfast.data import Collator, ImageTextDataset, eval_transform
-
-COLOURS = {
-    "red": (255, 30, 0),
-    "orange": (255, 130, 20),
-    "yellow": (255, 255, 40),
-    "green": (10, 200, 60),
-    "cyan": (0, 220, 255),
-    "blue": (20, 40, 255),
-}
-WARM, COLD = ("red", "orange", "yellow"), ("green", "cyan", "blue")
-WORDS = ["<pad>", "<unk>", *COLOURS, "warm", "cold"]
-
-Member = tuple[str, bytes]
-
-
-def png(colour: tuple[int, int, int], size: int = 8) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), colour).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def pair(key: str, colour: str, caption: str, *, categorised: bool = True) -> list[Member]:
@@ -81,21 +59,14 @@ def model() -> ColourModel:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+    return word_tokenizer()
 
 
 @pytest.fixture
 def write_dataset(tmp_path: Path) -> Callable[[list[Member]], ImageTextDataset]:
     def write(members: list[Member]) -> ImageTextDataset:
-        path = tmp_path / "pairs-000.tar"
-        with tarfile.open(path, "w") as tar:
-            for name, data in members:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        return ImageTextDataset(str(path), transform=eval_transform(8))
+        path = write_tar(tmp_path / "pairs-000.tar", members)
+        return ImageTextDataset(path, transform=eval_transform(8))
 
     return write
 

@@ -16,7 +16,7 @@ from vlmfast.cli.arguments import UsageError
 
 COMMANDS = {
     "train": ("vlmfast.cli.train", "Train a model."),
-    "eval": ("vlmfast.cli.evaluate", "Retrieval and zero-shot scores of a checkpoint."),
+    "eval": ("vlmfast.cli.evaluate", "Scores of a checkpoint on a task: retrieval, captioning, ..."),
     "convert": ("vlmfast.cli.convert", "A public data set to tar shards."),
     "models": ("vlmfast.cli.models", "Every model, its strategy, tasks and paper."),
     "bench": ("vlmfast.cli.bench", "Ops and training steps beside what people use instead: time, memory, error."),
@@ -24,7 +24,7 @@ COMMANDS = {
 }
 FINDINGS = ("bench", "doctor")
 """Commands whose exit code 1 is a finding; their errors are 2."""
-EXTRAS = {"bench": "bench"}
+EXTRAS = {"bench": "bench", "eval": "eval"}
 """The extra that a command's optional packages are of, where it is not `train`."""
 
 

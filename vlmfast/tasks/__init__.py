@@ -6,13 +6,15 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from vlmfast.tasks.task import Scores, Task
+from vlmfast.tasks.scores import Scores
+from vlmfast.tasks.task import Task
 
 __all__ = ["TASKS", "Scores", "Task", "default_task", "evaluator", "task_class"]
 
 TASKS = {
     "retrieval": "vlmfast.tasks.retrieval:Retrieval",
     "zero_shot": "vlmfast.tasks.zero_shot:ZeroShotClassification",
+    "captioning": "vlmfast.tasks.captioning:Captioning",
 }
 """By name: "module:Class"."""
 

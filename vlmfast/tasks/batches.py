@@ -71,6 +71,13 @@ def batches(
             yield moved, indices, samples
 
 
+def cycle(length: int, seed: int = 0) -> list[int]:
+    """A random permutation that is one cycle, so that nothing stays in place where there are two or more."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
+    following = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [following[place] for place in range(length)]
+
+
 class Blind(Dataset[Any]):
     """A dataset whose images, and features, are another sample's: what a model scores that looks at no image.
 
@@ -84,8 +91,7 @@ class Blind(Dataset[Any]):
     def __init__(self, dataset: Any, kept: Sequence[int], seed: int = 0) -> None:
         self.dataset = dataset
         kept = sorted(set(kept))
-        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed)).tolist()
-        self.other = {kept[a]: kept[b] for a, b in zip(order, order[1:] + order[:1], strict=True)}
+        self.other = {kept[place]: kept[other] for place, other in enumerate(cycle(len(kept), seed))}
 
     def __len__(self) -> int:
         return len(self.dataset)

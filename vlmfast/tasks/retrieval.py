@@ -15,8 +15,9 @@ import torch
 
 from vlmfast.tasks.batches import place
 from vlmfast.tasks.encode import Features, encode_dataset
+from vlmfast.tasks.scores import Scores, align, listed, percent, versions
 from vlmfast.tasks.search import Recall, caption_groups, recall_at_k
-from vlmfast.tasks.task import Run, Scores, Task, align, listed, percent, versions
+from vlmfast.tasks.task import Run, Task
 from vlmfast.tasks.zero_shot import TEMPLATES, ZeroShot, prompts, zero_shot_rows, zero_shot_scores
 
 

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import platform
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from os import PathLike
 from typing import Any, ClassVar
 
 import torch
 
 from vlmfast.data import ImageTextDataset
 from vlmfast.tasks.batches import Collate, batches, place
+from vlmfast.tasks.scores import Scores, listed
 
 
 @dataclass
 class Options:
     """The flags that `vlmfast eval --task` has for a task alone."""
-
-
-class Scores(ABC):
-    """What a task found. Fractions are in [0, 1].
-
-    Attributes:
-        arguments: what gives the scores again; a caller may add its own, such as the checkpoint and the data.
-    """
-
-    arguments: dict[str, Any]
-
-    @property
-    @abstractmethod
-    def metrics(self) -> dict[str, float]:
-        """Every score by name, for the log of a training run."""
-
-    @abstractmethod
-    def table(self) -> str:
-        """The scores as aligned plain text, beside what chance, the majority and a blind model reach."""
-
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """The record of the run as JSON types."""
-
-    @abstractmethod
-    def report(self, path: str | PathLike[str]) -> None:
-        """Write a PNG that shows what the model does; needs matplotlib."""
 
 
 @dataclass(frozen=True)
@@ -155,33 +125,3 @@ class Task:
     def score(self, run: Run) -> Scores:
         """What a task defines; `evaluate` has checked the model."""
         raise NotImplementedError(f"{type(self).__name__}.score")
-
-
-def versions() -> dict[str, str | None]:
-    """Of what a score depends on."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("vlmfast", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # vlmfast run from a source tree
-            found[package] = None
-    return found
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}%"
-
-
-def listed(skipped: Mapping[str, int]) -> str:
-    """'1 corrupt image, 2 empty caption', or 'none'."""
-    return ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count) or "none"
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines; the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from vlmfast.tasks.batches import EachCaption, evaluating
 from vlmfast.tasks.encode import encode_texts, unit
+from vlmfast.tasks.scores import Scores, align, listed, percent, versions
 from vlmfast.tasks.search import CHUNK, match_ranks, top_k
-from vlmfast.tasks.task import Run, Scores, Task, align, listed, percent, versions
+from vlmfast.tasks.task import Run, Task
 
 TEMPLATES = (
     "{}",
