@@ -17,6 +17,11 @@ from vlmfast.nn import ClipLoss, clip_loss
 open_clip_loss = pytest.importorskip("open_clip.loss")
 
 
+def tight(t: Tensor) -> dict[str, float]:
+    """Of features in float64; scale and bias are in float32, and their gradients rounded to it."""
+    return {"rtol": 1e-12, "atol": 1e-14} if t.dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
+
+
 def unit(rows: int, dim: int) -> Tensor:
     return F.normalize(torch.randn(rows, dim), dim=1)
 
@@ -63,6 +68,49 @@ def test_output_dict_and_logit_bias() -> None:
     assert bias.grad == 0
 
 
+@pytest.mark.parametrize("bias", [-1.0, 2, None, torch.tensor(-1.0), torch.tensor([3.0])], ids=str)
+def test_logit_bias_may_be_a_number(bias: object) -> None:
+    image, text = unit(8, 4), unit(8, 4)
+    expected = open_clip_loss.ClipLoss()(image, text, torch.tensor(5.0), bias)
+    torch.testing.assert_close(ClipLoss()(image, text, torch.tensor(5.0), bias), expected)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 0), (3, 1), (5, 0), (-1, 1)])
+def test_a_rank_beyond_one_process_is_not_looked_at(rank: int, world_size: int) -> None:
+    image, text = unit(8, 4), unit(8, 4)
+    for local_loss in (False, True):
+        options = {"local_loss": local_loss, "rank": rank, "world_size": world_size}
+        ours, theirs = (gradients(kind(**options), image, text) for kind in (ClipLoss, open_clip_loss.ClipLoss))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_features_of_two_dtypes_under_autocast(other: torch.dtype, swapped: bool) -> None:
+    """Nearer to the truth than open_clip, whose product is in autocast's dtype; gradients in the features' own."""
+    image, text = unit(20, 8), unit(20, 8).to(other)
+    image, text = (text, image) if swapped else (image, text)
+    exact = gradients(open_clip_loss.ClipLoss(), image.double(), text.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = (gradients(kind(), image, text) for kind in (ClipLoss, open_clip_loss.ClipLoss))
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max()
+    with pytest.raises(TypeError, match="text must have image's dtype"):
+        ClipLoss()(image, text, 20.0)
+
+
+def test_float64_is_open_clips_own() -> None:
+    image, text = unit(20, 8).double(), unit(20, 8).double()
+    ours, theirs = (gradients(kind(), image, text) for kind in (ClipLoss, open_clip_loss.ClipLoss))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **tight(a))
+    with pytest.raises(ValueError, match=r"must be \(batch, dim\) and not empty; got \(20, 8\) and \(20, 7\)"):
+        ClipLoss()(image, text[:, :7], 1.0)
+
+
 def test_one_process_uses_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("get_rank", "get_world_size", "all_gather", "all_reduce", "batch_isend_irecv", "is_initialized"):
         monkeypatch.setattr(dist, name, lambda *_, name=name: pytest.fail(name))
@@ -102,6 +150,28 @@ def _compare_with_open_clip(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_many_processes_equal_open_clip(world_size: int) -> None:
     run_processes(_compare_with_open_clip, world_size)
+
+
+def _two_dtypes_and_float64(rank: int, world_size: int) -> None:
+    torch.manual_seed(rank)
+    image, text = unit(6, 16), unit(6, 16)
+    for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
+        options = {
+            "local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": world_size,
+        }  # fmt: skip
+        ours = gradients(ClipLoss(**options), image.double(), text.double(), rank + 1.0)
+        theirs = gradients(open_clip_loss.ClipLoss(**options), image.double(), text.double(), rank + 1.0)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, **tight(a), msg=lambda text, o=options: f"{o}: {text}")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = gradients(ClipLoss(**options), image, text.bfloat16())
+        whole = gradients(ClipLoss(**options), image, text.bfloat16().float())
+        for a, b in zip(mixed, whole, strict=True):
+            torch.testing.assert_close(a.float(), b, rtol=2.0**-8, atol=1e-6)
+
+
+def test_many_processes_with_two_dtypes_and_float64() -> None:
+    run_processes(_two_dtypes_and_float64, 2)
 
 
 def eager(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -16,6 +16,11 @@ from vlmfast.nn import SigLipLoss
 open_clip_loss = pytest.importorskip("open_clip.loss")
 
 
+def tight(t: Tensor) -> dict[str, float]:
+    """Of features in float64; scale and bias are in float32, and their gradients rounded to it."""
+    return {"rtol": 1e-12, "atol": 1e-14} if t.dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
+
+
 def unit(rows: int, dim: int) -> Tensor:
     return F.normalize(torch.randn(rows, dim), dim=1)
 
@@ -39,6 +44,38 @@ def test_output_dict_and_no_bias() -> None:
         out = SigLipLoss()(image, text, scale, bias, output_dict=True)
         assert list(out) == ["contrastive_loss"]
         torch.testing.assert_close(out["contrastive_loss"], open_clip_loss.SigLipLoss()(image, text, scale, bias))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 0, 1, 3, 100])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 0), (3, 1), (-1, 1)])
+def test_chunks_and_a_rank_beyond_one_process_change_nothing(chunk_size: int, rank: int, world_size: int) -> None:
+    image, text = unit(8, 4), unit(8, 4)
+    ours = gradients(SigLipLoss(rank=rank, world_size=world_size, chunk_size=chunk_size), image, text)
+    theirs = gradients(open_clip_loss.SigLipLoss(rank=rank, world_size=world_size), image, text)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_features_of_two_dtypes_under_autocast(other: torch.dtype, swapped: bool) -> None:
+    image, text = unit(20, 8), unit(20, 8).to(other)
+    image, text = (text, image) if swapped else (image, text)
+    exact = gradients(open_clip_loss.SigLipLoss(), image.double(), text.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = (gradients(kind(), image, text) for kind in (SigLipLoss, open_clip_loss.SigLipLoss))
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max()
+    with pytest.raises(TypeError, match="text must have image's dtype"):
+        SigLipLoss()(image, text, 20.0, -1.0)
+
+
+def test_float64_is_open_clips_own() -> None:
+    image, text = unit(20, 8).double(), unit(20, 8).double()
+    ours, theirs = (gradients(kind(), image, text) for kind in (SigLipLoss, open_clip_loss.SigLipLoss))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **tight(a))
 
 
 def test_one_process_uses_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +104,10 @@ def _compare_with_open_clip(rank: int, world_size: int) -> None:
         theirs = gradients(open_clip_loss.SigLipLoss(**options), image, text, 3.0)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, msg=lambda text, d=dist_impl: f"{d}: {text}")
+    ours = gradients(SigLipLoss(**options), image.double(), text.double(), 3.0)
+    theirs = gradients(open_clip_loss.SigLipLoss(**options), image.double(), text.double(), 3.0)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **tight(a))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

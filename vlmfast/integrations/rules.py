@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmfast.nn._features import of_one_dtype
 from vlmfast.nn._stem import reason_to_call
 from vlmfast.ops._pairs import DTYPES
 
@@ -255,7 +256,7 @@ class _WithoutLogits:
             others = self.explicit[other] - self.explicit[side]
             passed = {name: value for name, value in given.items() if name not in others}
             outputs[side] = _encoder(model, side)(**passed)
-        image, text = (_unit(outputs[side]) for side in ("image", "text"))
+        image, text = of_one_dtype(*(_unit(outputs[side]) for side in ("image", "text")))
         if len(image) != len(text):
             raise ValueError(
                 f"{type(model).__name__}: return_loss=True needs a text for each image; got {len(image)} images and "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vlmfast.nn._sizes import check_numbers
 from vlmfast.ops import _patches, patch_embed
 from vlmfast.ops._patches import DTYPES, LAYOUTS
 
@@ -117,7 +118,8 @@ class Stem(nn.Module):
             layout: of uint8 images, "NHWC" (as decoders give them) or "NCHW"; rows of patches have their own.
         Raises:
             TypeError: module is of another class.
-            ValueError: module is not eligible, with the reason; mean, std and layout disagree.
+            ValueError: module is not eligible, with the reason; mean and std do not come together, or are not a finite
+                number per channel, those of std above 0; layout is neither.
         """
         replaces = cls._replaces()
         if type(module) is not replaces:
@@ -131,7 +133,9 @@ class Stem(nn.Module):
         reason = "its forward was replaced" if forward_replaced(module) else stem.reason_not_eligible()
         if reason:
             raise ValueError(f"{cls.__name__}.from_original: module is not eligible: {reason}")
-        stem._set_normalisation(mean, std, layout)
+        projection = stem._projection()
+        channels = projection.in_channels if isinstance(projection, (nn.Conv2d, nn.Conv3d)) else None
+        stem._set_normalisation(mean, std, layout, channels)
         return stem
 
     def reason_not_eligible(self) -> str | None:
@@ -151,14 +155,19 @@ class Stem(nn.Module):
         """Why another submodule, of which only the parameters are used, must be called; asked first. Or None."""
         return None
 
-    def _set_normalisation(self, mean: Sequence[float] | None, std: Sequence[float] | None, layout: str) -> None:
+    def _set_normalisation(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None, layout: str, channels: int | None = None
+    ) -> None:
         name = type(self).__name__
         if (mean is None) != (std is None):
             raise ValueError(f"{name}: mean and std must be given together; got mean {mean} and std {std}")
         if layout not in LAYOUTS:
             raise ValueError(f"{name}: layout must be NHWC or NCHW; got {layout!r}")
-        self.mean = None if mean is None else tuple(map(float, mean))
-        self.std = None if std is None else tuple(map(float, std))
+        if mean is not None and std is not None:
+            self.mean = check_numbers(name, "mean", mean, channels)
+            self.std = check_numbers(name, "std", std, len(self.mean))
+            if min(self.std) <= 0:
+                raise ValueError(f"{name}: std must be above 0; got {std}")
         self.layout = layout
 
     def _images(self, pixels: Tensor) -> Tensor:

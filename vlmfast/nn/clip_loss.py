@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import distributed
-from vlmfast.ops import _pairs, info_nce
+from vlmfast.nn._features import check_ranks, check_rows, contrast, of_one_dtype
+from vlmfast.ops import _pairs
 from vlmfast.ops.info_nce import STORE_BUDGET_BYTES, normalise, tile_backward, tile_forward
 
 
@@ -32,8 +33,10 @@ class ClipLoss(nn.Module):
         gather_with_grad: let gradients flow to the features of the other ranks.
         cache_labels: accepted for compatibility; no labels are ever built.
         rank, world_size: this process and how many there are; world_size > 1 needs an initialised torch.distributed.
+            With 1 or 0 there is one process, whatever rank says.
     Raises:
-        ValueError: rank is not in [0, world_size).
+        TypeError: one of those is no integer.
+        ValueError: world_size is negative, or more than 1 and rank not in [0, world_size).
     Memory with gather_with_grad, n rows of N on this rank: O(n*N) while the exponentials of the largest shard fit in
     info_nce's budget for them, else O(n*D). FLOPs: 6*n*N*D and 8*n*N*D.
     Source: Radford et al. 2021, figure 3; open_clip's loss.py for the interface.
@@ -48,8 +51,7 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
     ) -> None:
         super().__init__()
-        if not 0 <= rank < world_size:
-            raise ValueError(f"ClipLoss: rank must be in [0, world_size); got rank {rank}, world_size {world_size}")
+        check_ranks("ClipLoss", rank, world_size)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -61,19 +63,20 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or {"contrastive_loss": loss} with output_dict.
 
         Args:
             image_features (n, D), text_features (n, D): unit-norm, float32, float16 or bfloat16; n may differ between
-                ranks.
+                ranks. Under autocast the two may differ in dtype, and the wider is taken. float64 runs in PyTorch, with
+                the logits in memory.
             logit_scale (): the inverse temperature itself, as open_clip passes it (the exponential of the parameter).
             logit_bias (): added to every logit by open_clip, which changes neither loss nor gradients; its gradient is
                 0.
         Returns:
-            loss (): float32.
+            loss (): float32; float64 of float64 features.
         Raises:
             ValueError, TypeError: as `vlmfast.ops.info_nce`; image_features and text_features differ in rows; ranks
                 differ in dim, dtype or in what needs a gradient (on every rank alike); rank and world_size are not
@@ -81,38 +84,37 @@ class ClipLoss(nn.Module):
             RuntimeError: another rank has died or did not answer within the process group's timeout; a second
                 derivative is asked for.
         """
-        if self.world_size == 1:
-            if image_features.shape[:1] != text_features.shape[:1]:
-                raise ValueError(
-                    "ClipLoss: image_features and text_features must have the same number of rows; "
-                    f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
-                )
-            loss = info_nce(image_features, text_features, logit_scale)
+        image_features, text_features = of_one_dtype(image_features, text_features)
+        if self.world_size <= 1:
+            check_rows("ClipLoss", image_features, text_features)
+            loss = contrast(image_features, text_features, logit_scale)
         else:
             loss = self._global_loss(image_features, text_features, logit_scale)
-        if logit_bias is not None:
+        if isinstance(logit_bias, Tensor):
             loss = loss + 0.0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _global_loss(self, image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
         distributed.check_rank("ClipLoss", self.rank, self.world_size)
-        scale = _pairs.scalar("ClipLoss", "logit_scale", logit_scale, image)
-        if self.gather_with_grad:
-            wanted = [torch.is_grad_enabled() and t.requires_grad for t in (image, text, scale)]
-            sizes = distributed.shard_sizes("ClipLoss", image, text, gradients=wanted)
+        exact = image.dtype == torch.float64
+        scale = logit_scale if exact else _pairs.scalar("ClipLoss", "logit_scale", logit_scale, image)
+        leaves = [t for t in (image, text, scale) if isinstance(t, Tensor)]
+        wanted = [torch.is_grad_enabled() and t.requires_grad for t in leaves] if self.gather_with_grad else []
+        sizes = distributed.shard_sizes("ClipLoss", image, text, gradients=wanted)
+        if self.gather_with_grad and not exact:
             _pairs.check_features("ClipLoss", image, text)
             loss: Tensor = _Strip.apply(image, text, scale, sizes, wanted, self.local_loss)
             return loss
-        sizes = distributed.shard_sizes("ClipLoss", image, text)
-        all_image = distributed.gather(image.detach(), sizes)
-        all_text = distributed.gather(text.detach(), sizes)
+        shards = (image, text) if self.gather_with_grad else (image.detach(), text.detach())
+        all_image, all_text = (distributed.gather(shard, sizes) for shard in shards)
         offset = sum(sizes[: self.rank])
         if not self.local_loss:
-            all_image = all_image.slice_scatter(image, start=offset, end=offset + len(image))
-            all_text = all_text.slice_scatter(text, start=offset, end=offset + len(text))
-            return info_nce(all_image, all_text, scale)
-        loss_image = info_nce(image, all_text, scale, label_offset=offset, bidirectional=False)
-        loss_text = info_nce(text, all_image, scale, label_offset=offset, bidirectional=False)
+            if not self.gather_with_grad:
+                all_image = all_image.slice_scatter(image, start=offset, end=offset + len(image))
+                all_text = all_text.slice_scatter(text, start=offset, end=offset + len(text))
+            return contrast(all_image, all_text, scale)
+        loss_image = contrast(image, all_text, scale, label_offset=offset, bidirectional=False)
+        loss_text = contrast(text, all_image, scale, label_offset=offset, bidirectional=False)
         return (loss_image + loss_text) * (len(image) * self.world_size / sum(sizes) / 2)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.nn._attention import add_gated, attend, key_bias, merge_heads, split_heads
+from vlmfast.nn._sizes import check_divides, check_integers
 
 
 class TextToImageFusion(nn.Module):
@@ -26,11 +27,17 @@ class TextToImageFusion(nn.Module):
     Args:
         hidden_size, num_attention_heads: of the text.
         image_size: width of the image's tokens, 512 in FIBER's layers 6 to 9 and 1024 in its last two.
+    Raises:
+        TypeError: one of those is no integer.
+        ValueError: one is less than 1, or num_attention_heads does not divide hidden_size.
     Source: Dou et al. 2022 (FIBER), equations 1 and 2; FIBER's roberta.py for the names.
     """
 
     def __init__(self, hidden_size: int = 768, num_attention_heads: int = 12, image_size: int = 512) -> None:
         super().__init__()
+        name = "TextToImageFusion"
+        check_integers(name, hidden_size=hidden_size, num_attention_heads=num_attention_heads, image_size=image_size)
+        check_divides(name, "num_attention_heads", num_attention_heads, "hidden_size", hidden_size)
         self.num_attention_heads = num_attention_heads
         self.crossattention_t2i = nn.ModuleDict(
             {
@@ -73,6 +80,9 @@ class ImageToTextFusion(nn.Module):
         dim_text: of the text.
         qkv_bias: whether the three projections have a bias.
         norm_layer: of the queries; None: none, as in FIBER's fine-grained stage, version 2.
+    Raises:
+        TypeError: dim, num_heads or dim_text is no integer.
+        ValueError: one of them is less than 1, or num_heads does not divide dim.
     Source: Dou et al. 2022 (FIBER), equations 1 and 2; FIBER's swin_transformer.py for the names.
     """
 
@@ -85,6 +95,8 @@ class ImageToTextFusion(nn.Module):
         norm_layer: Callable[[int], nn.Module] | None = nn.LayerNorm,
     ) -> None:
         super().__init__()
+        check_integers("ImageToTextFusion", dim=dim, num_heads=num_heads, dim_text=dim_text)
+        check_divides("ImageToTextFusion", "num_heads", num_heads, "dim", dim)
         self.num_heads = num_heads
         self.qkv_text_i2t = nn.Linear(dim_text, dim * 2, bias=qkv_bias)
         self.qkv_i2t = nn.Linear(dim, dim, bias=qkv_bias)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.nn._attention import add_gated, attend, merge_heads, original_part, share, split_heads
+from vlmfast.nn._sizes import check_integer, check_integers, check_real
 from vlmfast.ops import media_index
 from vlmfast.ops.media_index import MediaState
 
@@ -68,6 +69,14 @@ def feed_forward(dim: int, mult: float = 4) -> nn.Sequential:
     )
 
 
+def check_feed_forward(name: str, dim: int, mult: float) -> None:
+    """
+    Raises:
+        TypeError, ValueError: `feed_forward` would have no width.
+    """
+    check_real(name, "ff_mult", mult, f"a number that gives dim {dim} at least one column", lambda x: dim * x >= 1)
+
+
 class MaskedCrossAttention(nn.Module):
     """Text attends to the media that come before it; a drop-in for open_flamingo's and flamingo-pytorch's.
 
@@ -80,7 +89,8 @@ class MaskedCrossAttention(nn.Module):
             media, later ones too, which is what the originals do without only_attend_immediate_media. With it they
             give zero, too.
     Raises:
-        ValueError: before_media is neither, or "uniform" with only_attend_immediate_media.
+        TypeError: a size is no integer.
+        ValueError: a size is less than 1, before_media is neither, or "uniform" with only_attend_immediate_media.
     Source: Alayrac et al. 2022 (Flamingo), section 2.3; open_flamingo's helpers.py for the interface.
     """
 
@@ -95,6 +105,7 @@ class MaskedCrossAttention(nn.Module):
         before_media: str = "zero",
     ) -> None:
         super().__init__()
+        _check_sizes("MaskedCrossAttention", dim, dim_visual, dim_head, heads)
         if before_media not in ("zero", "uniform"):
             raise ValueError(f"MaskedCrossAttention: before_media must be 'zero' or 'uniform'; got {before_media!r}")
         if before_media == "uniform" and only_attend_immediate_media:
@@ -209,7 +220,7 @@ class GatedCrossAttentionBlock(nn.Module):
     Args:
         ff_mult: width of the feed-forward over dim; the others as MaskedCrossAttention.
     Raises:
-        ValueError: as MaskedCrossAttention.
+        TypeError, ValueError: as MaskedCrossAttention; ff_mult is no number, or leaves the feed-forward no width.
     Source: Alayrac et al. 2022 (Flamingo), section 2.2; open_flamingo's helpers.py for the interface.
     """
 
@@ -225,6 +236,8 @@ class GatedCrossAttentionBlock(nn.Module):
         before_media: str = "zero",
     ) -> None:
         super().__init__()
+        _check_sizes("GatedCrossAttentionBlock", dim, dim_visual, dim_head, heads)
+        check_feed_forward("GatedCrossAttentionBlock", dim, ff_mult)
         self.attn = MaskedCrossAttention(
             dim=dim,
             dim_visual=dim_visual,
@@ -260,6 +273,12 @@ class GatedCrossAttentionBlock(nn.Module):
         """x (B, L, dim) after the block; arguments and errors are MaskedCrossAttention's."""
         x = add_gated(x, self.attn(x, media, media_locations, use_cached_media, cache), self.attn_gate)
         return add_gated(x, self.ff(x), self.ff_gate)
+
+
+def _check_sizes(name: str, dim: int, dim_visual: int | None, dim_head: int, heads: int) -> None:
+    check_integers(name, dim=dim, dim_head=dim_head, heads=heads)
+    if dim_visual is not None:
+        check_integer(name, "dim_visual", dim_visual)
 
 
 def _arguments(cls: type[nn.Module], original: nn.Module, prefix: str) -> dict[str, Any]:

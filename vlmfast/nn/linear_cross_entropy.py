@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmfast.nn._sizes import check_integer, check_integers, check_real
 from vlmfast.ops import linear_cross_entropy
+from vlmfast.ops.linear_cross_entropy import REDUCTIONS
 
 Head = nn.Module | Tensor
 
@@ -23,6 +25,10 @@ class LinearCrossEntropy(nn.Linear):
         vocab_size: V.
         bias: whether logits have one.
         ignore_index, label_smoothing, reduction: as in `vlmfast.ops.linear_cross_entropy`.
+    Raises:
+        TypeError: in_features, vocab_size or ignore_index is no integer, or label_smoothing no number.
+        ValueError: in_features or vocab_size is less than 1, label_smoothing outside of [0, 1], reduction none of
+            those.
     """
 
     def __init__(
@@ -37,6 +43,12 @@ class LinearCrossEntropy(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        name = "LinearCrossEntropy"
+        check_integers(name, in_features=in_features, vocab_size=vocab_size)
+        check_integer(name, "ignore_index", ignore_index, least=None)
+        check_real(name, "label_smoothing", label_smoothing, "in [0, 1]", lambda x: 0 <= x <= 1)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
         super().__init__(in_features, vocab_size, bias, device, dtype)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing

@@ -9,10 +9,13 @@ To put it into a model::
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models import naflexvit
 from torch import Tensor, nn
 
+from vlmfast.nn._sizes import arguments_of, check_integer, check_integers, check_side
 from vlmfast.nn._stem import Stem, reason_to_call
 from vlmfast.nn.position import MODES, interpolate_position, interpolate_position_per_image
 
@@ -23,7 +26,18 @@ class NaFlexEmbeds(Stem, naflexvit.NaFlexEmbeds):
     The original asks the device for the size of every image; here sizes stay where they are. Patches of another size
     than the projection's (a patch interpolator) run the original's forward, and so do, on CPUs, grids of more patches
     than the batch is long.
+
+    A size below 1 raises ValueError that names it, one that is no integer TypeError.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = arguments_of(naflexvit.NaFlexEmbeds.__init__, args, kwargs)
+        check_integers("NaFlexEmbeds", in_chans=given["in_chans"], embed_dim=given["embed_dim"])
+        check_integer("NaFlexEmbeds", "reg_tokens", given["reg_tokens"], least=0)
+        for argument in ("patch_size", "default_img_size", "pos_embed_grid_size"):
+            if given[argument] is not None:
+                check_side("NaFlexEmbeds", argument, given[argument])
+        super().__init__(*args, **kwargs)
 
     def _projection(self) -> nn.Module:
         return self.proj

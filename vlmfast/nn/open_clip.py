@@ -10,9 +10,12 @@ To put it into a model::
 
 from __future__ import annotations
 
+from typing import Any
+
 from open_clip import transformer
 from torch import Tensor, nn
 
+from vlmfast.nn._sizes import arguments_of, check_divides, check_integers, check_patch_fits, check_side
 from vlmfast.nn._stem import Stem, product_dtype, reason_to_call
 from vlmfast.nn.patch_dropout import sample_patches
 
@@ -24,7 +27,18 @@ class VisionTransformer(Stem, transformer.VisionTransformer):
 
     `forward_intermediates` reads the size of images off its input: give it uint8 pixels with layout "NCHW", permuted
     (strides are free), or floats.
+
+    A size below 1 raises ValueError that names it, one that is no integer TypeError.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        name, given = "VisionTransformer", arguments_of(transformer.VisionTransformer.__init__, args, kwargs)
+        check_integers(name, **{argument: given[argument] for argument in ("width", "layers", "heads", "output_dim")})
+        for argument in ("image_size", "patch_size"):
+            check_side(name, argument, given[argument])
+        check_patch_fits(name, given["image_size"], given["patch_size"])
+        check_divides(name, "heads", given["heads"], "width", given["width"])
+        super().__init__(*args, **kwargs)
 
     def _projection(self) -> nn.Module:
         return self.conv1

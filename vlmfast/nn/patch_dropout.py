@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vlmfast.nn._sizes import check_integer, check_real
+
 
 class PatchDropout(nn.Module):
     """Keeps a random part of each image's patches in training; a drop-in for timm's and open_clip's PatchDropout.
@@ -23,14 +25,16 @@ class PatchDropout(nn.Module):
             open_clip's second argument, are 1 and 0.
         ordered: keep patches in the order that they have in the image; else in random order.
     Raises:
-        ValueError: prob is not in [0, 1).
+        TypeError: prob is no number, or num_prefix_tokens no integer.
+        ValueError: prob is not in [0, 1), or num_prefix_tokens negative.
     Source: Li et al. 2023 (FLIP), section 3; Liu et al. 2023 (PatchDropout).
     """
 
     def __init__(self, prob: float = 0.5, num_prefix_tokens: int = 1, ordered: bool = False) -> None:
         super().__init__()
-        if not 0 <= prob < 1:
-            raise ValueError(f"PatchDropout: prob must be in [0, 1); got {prob}")
+        check_real("PatchDropout", "prob", prob, "in [0, 1)", lambda x: 0 <= x < 1)
+        if not isinstance(num_prefix_tokens, bool):
+            check_integer("PatchDropout", "num_prefix_tokens", num_prefix_tokens, least=0)
         self.prob = prob
         self.num_prefix_tokens = int(num_prefix_tokens)
         self.ordered = ordered

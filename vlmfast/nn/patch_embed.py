@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmfast.nn._sizes import check_integers, check_patch_fits, check_side
 from vlmfast.nn._stem import Stem
 
 FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
@@ -36,7 +37,9 @@ class PatchEmbed(Stem):
         mean, std: C floats each, of uint8 pixels in [0, 1]. Without them uint8 pixels raise.
         layout: of uint8 pixels, "NHWC" (as decoders give them) or "NCHW". Floating-point pixels are NCHW.
     Raises:
-        ValueError: output_fmt or layout is none of those; mean comes without std.
+        TypeError: a size is no integer.
+        ValueError: a size is less than 1, a patch larger than the image, or not two-sided; output_fmt or layout is none
+            of those; mean comes without std, or the two are not in_chans finite numbers, those of std above 0.
     Source: Dosovitskiy et al. 2021, equation 1; timm's layers/patch_embed.py for the interface.
     """
 
@@ -62,13 +65,15 @@ class PatchEmbed(Stem):
         super().__init__()
         if output_fmt is not None and output_fmt not in FORMATS:
             raise ValueError(f"PatchEmbed: output_fmt must be one of {', '.join(FORMATS)}; got {output_fmt!r}")
-        self._set_normalisation(mean, std, layout)
+        check_integers("PatchEmbed", in_chans=in_chans, embed_dim=embed_dim)
+        check_side("PatchEmbed", "patch_size", patch_size)
+        self._set_normalisation(mean, std, layout, in_chans)
         self.patch_size = _pair(patch_size)
+        self.dynamic_img_pad = dynamic_img_pad
         self._set_img_size(img_size)
         self.flatten = flatten and output_fmt is None
         self.output_fmt = output_fmt or "NCHW"
         self.strict_img_size = strict_img_size
-        self.dynamic_img_pad = dynamic_img_pad
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias, **where)
         self.norm = norm_layer(embed_dim, **where) if norm_layer else nn.Identity()
@@ -86,6 +91,9 @@ class PatchEmbed(Stem):
     def _set_img_size(self, img_size: int | tuple[int, int] | None) -> None:
         self.img_size = self.grid_size = self.num_patches = None
         if img_size is not None:
+            check_side("PatchEmbed", "img_size", img_size)
+            if not self.dynamic_img_pad:
+                check_patch_fits("PatchEmbed", img_size, self.patch_size)
             self.img_size = _pair(img_size)
             self.grid_size = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
             self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -94,6 +102,9 @@ class PatchEmbed(Stem):
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
         """Changes the size of images and, resampling the projection by timm's function, of patches."""
+        for argument, size in (("img_size", img_size), ("patch_size", patch_size)):
+            if size is not None:
+                check_side("PatchEmbed", argument, size)
         if patch_size is not None and _pair(patch_size) != self.patch_size:
             from timm.layers import resample_patch_embed
 
@@ -167,4 +178,4 @@ class PatchEmbed(Stem):
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    return (size[0], size[1]) if isinstance(size, Sequence) else (size, size)

@@ -8,14 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.nn._attention import attend, merge_heads, original_part, share, split_heads
-from vlmfast.nn.gated_cross_attention import feed_forward, feed_forward_mult
+from vlmfast.nn._sizes import check_integers
+from vlmfast.nn.gated_cross_attention import check_feed_forward, feed_forward, feed_forward_mult
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the visual tokens and to themselves; a drop-in for open_flamingo's and flamingo-pytorch's."""
+    """Latents attend to the visual tokens and to themselves; a drop-in for open_flamingo's and flamingo-pytorch's.
+
+    Args:
+        dim: of the visual tokens and of the latents.
+        dim_head, heads: size and number of the heads.
+    Raises:
+        TypeError: one of those is no integer.
+        ValueError: one is less than 1.
+    """
 
     def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8) -> None:
         super().__init__()
+        check_integers("PerceiverAttention", dim=dim, dim_head=dim_head, heads=heads)
         inner = dim_head * heads
         self.heads = heads
         self.norm_media = nn.LayerNorm(dim)
@@ -49,6 +59,9 @@ class PerceiverResampler(nn.Module):
         max_num_frames: learned embeddings of a video's frames, `frame_embs` (max_num_frames, dim); None: none.
         num_media_embeds: learned embeddings of the media, flamingo-pytorch's `media_pos_emb` (num_media_embeds, 1,
             dim), which has 4 by default; None: none.
+    Raises:
+        TypeError: a size is no integer, or ff_mult no number.
+        ValueError: a size is less than 1, or ff_mult leaves the feed-forward no width.
     Source: Alayrac et al. 2022 (Flamingo), section 2.1 and figure 5; open_flamingo's helpers.py for the interface.
     """
 
@@ -66,6 +79,13 @@ class PerceiverResampler(nn.Module):
         num_media_embeds: int | None = None,
     ) -> None:
         super().__init__()
+        name = "PerceiverResampler"
+        check_integers(name, dim=dim, depth=depth, dim_head=dim_head, heads=heads, num_latents=num_latents)
+        tables = {
+            "max_num_media": max_num_media, "max_num_frames": max_num_frames, "num_media_embeds": num_media_embeds,
+        }  # fmt: skip
+        check_integers(name, **{argument: number for argument, number in tables.items() if number is not None})
+        check_feed_forward(name, dim, ff_mult)
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.frame_embs = _embeddings(max_num_frames, dim)
         self.media_time_embs = _embeddings(max_num_media, 1, dim)

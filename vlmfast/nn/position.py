@@ -38,14 +38,16 @@ def interpolate_position(
         position (k + H * W, D): of position's dtype, computed in float32 or wider, under autocast too; position itself
         if the sizes are the same.
     Raises:
-        ValueError: position has not k + h * w rows, or mode or a size is none.
+        ValueError: position has not k + h * w rows, prefix_tokens is negative, or mode or a size is none.
     FLOPs: 2*H*w*D*(h + W), and as many for the gradient.
     """
     if position.dim() != 2:
         raise ValueError(f"interpolate_position: position must be (tokens, width); got {tuple(position.shape)}")
+    if prefix_tokens < 0:
+        raise ValueError(f"interpolate_position: prefix_tokens must be at least 0; got {prefix_tokens}")
     height, width = _old_size("interpolate_position", position.shape[0] - prefix_tokens, old_size)
     _check_mode("interpolate_position", mode)
-    if min(size) < 1:
+    if len(size) != 2 or min(size) < 1:
         raise ValueError(f"interpolate_position: size must be two positive numbers; got {tuple(size)}")
     if tuple(size) == (height, width):
         return position
@@ -154,7 +156,7 @@ def _kept_matrix(new: int, old: int, mode: str, antialias: bool, device: torch.d
 def _old_size(name: str, tokens: int, old_size: tuple[int, int] | None) -> tuple[int, int]:
     side = math.isqrt(max(tokens, 0))
     height, width = old_size or (side, side)
-    if height * width != tokens or tokens < 1:
+    if height * width != tokens or min(height, width) < 1:
         given = "a square, as old_size is not given" if old_size is None else f"{height} * {width}"
         raise ValueError(f"{name}: position must have a row for each of {given}, after prefix_tokens; got {tokens}")
     return height, width

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import distributed
-from vlmfast.ops import _pairs, sigmoid_loss
+from vlmfast.nn._features import check_ranks, check_rows, contrast_pairwise, of_one_dtype
+from vlmfast.nn._sizes import check_integer
+from vlmfast.ops import _pairs
 from vlmfast.ops.sigmoid_loss import tile_forward
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
@@ -25,10 +27,15 @@ class SigLipLoss(nn.Module):
     Args:
         cache_labels: accepted for compatibility; no labels are ever built.
         rank, world_size: this process and how many there are; world_size > 1 needs an initialised torch.distributed.
+            With 1 or 0 there is one process, whatever rank says.
         dist_impl: one of open_clip's names for how texts are exchanged ("bidir", "shift", "reduce", "gather") or None;
             accepted for compatibility, the result is the same.
+        chunk_size: rows of logits at a time in open_clip's main branch, which bounds its memory; accepted for
+            compatibility, there is no such bound to choose here, and the result is the same. None or 0: not chunked.
     Raises:
-        ValueError: rank is not in [0, world_size), or dist_impl is not one of those names.
+        TypeError: rank, world_size or chunk_size is no integer.
+        ValueError: world_size or chunk_size is negative, rank is not in [0, world_size) of several processes, or
+            dist_impl is not one of those names.
     Memory, n rows of N on this rank: O(n*D). FLOPs, forward and backward: 6*n*N*D, all in forward.
     Source: Zhai et al. 2023, algorithm 1 and section 3.3; open_clip's loss.py for the interface.
     """
@@ -39,16 +46,19 @@ class SigLipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= rank < world_size:
-            raise ValueError(f"SigLipLoss: rank must be in [0, world_size); got rank {rank}, world_size {world_size}")
+        check_ranks("SigLipLoss", rank, world_size)
+        if chunk_size is not None:
+            check_integer("SigLipLoss", "chunk_size", chunk_size, least=0)
         if dist_impl is not None and dist_impl not in DIST_IMPLS:
             raise ValueError(f"SigLipLoss: dist_impl must be None or one of {', '.join(DIST_IMPLS)}; got {dist_impl!r}")
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
 
     def forward(
         self,
@@ -62,12 +72,14 @@ class SigLipLoss(nn.Module):
 
         Args:
             image_features (n, D), text_features (n, D): unit-norm, float32, float16 or bfloat16; n may differ between
-                ranks.
+                ranks. Under autocast the two may differ in dtype, and the wider is taken. float64 runs in PyTorch, with
+                the logits in memory.
             logit_scale (): the inverse temperature itself, as open_clip passes it (the exponential of the parameter).
             logit_bias (): added to every logit; None is 0.
         Returns:
-            loss (): float32. The sum over this rank's images and all texts, divided by the number of images; with
-            several processes, by the mean number of images per rank, so that the mean over ranks is the global loss.
+            loss (): float32; float64 of float64 features. The sum over this rank's images and all texts, divided by the
+            number of images; with several processes, by the mean number of images per rank, so that the mean over ranks
+            is the global loss.
         Raises:
             ValueError, TypeError: as `vlmfast.ops.sigmoid_loss`; image_features and text_features differ in rows; ranks
                 differ in dim, dtype or in what needs a gradient (on every rank alike); rank and world_size are not
@@ -76,13 +88,10 @@ class SigLipLoss(nn.Module):
                 derivative is asked for.
         """
         bias = 0.0 if logit_bias is None else logit_bias
-        if self.world_size == 1:
-            if image_features.shape[:1] != text_features.shape[:1]:
-                raise ValueError(
-                    "SigLipLoss: image_features and text_features must have the same number of rows; "
-                    f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
-                )
-            loss = sigmoid_loss(image_features, text_features, logit_scale, bias)
+        image_features, text_features = of_one_dtype(image_features, text_features)
+        if self.world_size <= 1:
+            check_rows("SigLipLoss", image_features, text_features)
+            loss = contrast_pairwise(image_features, text_features, logit_scale, bias)
         else:
             loss = self._global_loss(image_features, text_features, logit_scale, bias)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -91,13 +100,17 @@ class SigLipLoss(nn.Module):
         self, image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
     ) -> Tensor:
         distributed.check_rank("SigLipLoss", self.rank, self.world_size)
-        scale = _pairs.scalar("SigLipLoss", "logit_scale", logit_scale, image)
-        bias = _pairs.scalar("SigLipLoss", "logit_bias", logit_bias, image)
         wanted = [torch.is_grad_enabled() and t.requires_grad for t in (image, text)]
         sizes = distributed.shard_sizes("SigLipLoss", image, text, gradients=wanted)
+        if image.dtype == torch.float64:
+            all_text, offset = distributed.gather(text, sizes), sum(sizes[: self.rank])
+            loss = contrast_pairwise(image, all_text, logit_scale, logit_bias, label_offset=offset)
+            return loss * (len(image) * self.world_size / sum(sizes))
+        scale = _pairs.scalar("SigLipLoss", "logit_scale", logit_scale, image)
+        bias = _pairs.scalar("SigLipLoss", "logit_bias", logit_bias, image)
         _pairs.check_features("SigLipLoss", image, text)
-        loss: Tensor = _Blocks.apply(image, text, scale, bias, sizes, wanted)
-        return loss
+        blocks: Tensor = _Blocks.apply(image, text, scale, bias, sizes, wanted)
+        return blocks
 
 
 class _Blocks(torch.autograd.Function):

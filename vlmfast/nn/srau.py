@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmfast.nn._sizes import check_integers, check_real
 from vlmfast.nn._stem import reason_to_call
 
 
@@ -27,14 +28,15 @@ class SelfResurrectingGate(nn.Module):
         levels: of the encoder.
         tau: below it a gate is shut, in [0, 1/2). The paper's value is 0.2, VisualGPT's command line defaults to 0.
     Raises:
-        ValueError: tau is outside.
+        TypeError: dim or levels is no integer, or tau no number.
+        ValueError: dim or levels is less than 1, or tau outside.
     Source: Chen et al. 2022 (VisualGPT), section 3.2; its gpt_decoder_visualGPT.py for the names and levels.
     """
 
     def __init__(self, dim: int, levels: int = 3, tau: float = 0.2) -> None:
         super().__init__()
-        if not 0 <= tau < 0.5:
-            raise ValueError(f"SelfResurrectingGate: tau must be in [0, 0.5); got {tau}")
+        check_integers("SelfResurrectingGate", dim=dim, levels=levels)
+        check_real("SelfResurrectingGate", "tau", tau, "in [0, 0.5)", lambda x: 0 <= x < 0.5)
         self.levels = levels
         self.tau = tau
         for level in range(1, levels + 1):

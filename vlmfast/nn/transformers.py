@@ -5,7 +5,8 @@
     vision = model.vision_model
     vision.embeddings = CLIPVisionEmbeddings.from_original(vision.embeddings, mean=mean, std=std)
 
-Each class has the name of what it replaces, its constructor and its parameters. With interpolate_pos_encoding the grid
+Each class has the name of what it replaces, its constructor and its parameters; a size below 1 raises ValueError that
+names it, one that is no integer TypeError. With interpolate_pos_encoding the grid
 of positions is that of the configured image and patch sizes; the originals take a square, which for others fails.
 """
 
@@ -25,12 +26,27 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 from transformers.models.vit import modeling_vit
 
+from vlmfast.nn._sizes import arguments_of, check_config, check_integers, check_patch_fits
 from vlmfast.nn._stem import Stem, reason_to_call, reason_to_look_up
 from vlmfast.nn.position import interpolate_position, interpolate_position_per_image
 from vlmfast.ops import _patches
 
 
-class _ClassTokenStem(Stem):
+class _Stem(Stem):
+    """Looks at the sizes in a configuration before the original is made of it."""
+
+    _sizes: tuple[str, ...] = ("hidden_size", "num_channels")
+    _sides: tuple[str, ...] = ("image_size", "patch_size")
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        name = type(self).__name__
+        check_config(name, config, self._sizes, self._sides)
+        if "image_size" in self._sides:
+            check_patch_fits(name, config.image_size, config.patch_size)
+        super().__init__(config, *args, **kwargs)
+
+
+class _ClassTokenStem(_Stem):
     """CLIP's stem and BridgeTower's: patches, class token, positions."""
 
     def _projection(self) -> nn.Module:
@@ -66,7 +82,7 @@ class BridgeTowerVisionEmbeddings(_ClassTokenStem, modeling_bridgetower.BridgeTo
     """transformers' BridgeTowerVisionEmbeddings: patches, class token, positions."""
 
 
-class SiglipVisionEmbeddings(Stem, modeling_siglip.SiglipVisionEmbeddings):
+class SiglipVisionEmbeddings(_Stem, modeling_siglip.SiglipVisionEmbeddings):
     """transformers' SiglipVisionEmbeddings: patches, positions."""
 
     def _projection(self) -> nn.Module:
@@ -87,7 +103,7 @@ class SiglipVisionEmbeddings(Stem, modeling_siglip.SiglipVisionEmbeddings):
         return self._embed(images, conv.weight, conv.bias, position=position)
 
 
-class ViTPatchEmbeddings(Stem, modeling_vit.ViTPatchEmbeddings):
+class ViTPatchEmbeddings(_Stem, modeling_vit.ViTPatchEmbeddings):
     """transformers' ViTPatchEmbeddings: patches only."""
 
     def _projection(self) -> nn.Module:
@@ -109,7 +125,7 @@ class ViTPatchEmbeddings(Stem, modeling_vit.ViTPatchEmbeddings):
         return self._embed(images, self.projection.weight, self.projection.bias)
 
 
-class ViTEmbeddings(Stem, modeling_vit.ViTEmbeddings):
+class ViTEmbeddings(_Stem, modeling_vit.ViTEmbeddings):
     """transformers' ViTEmbeddings: patches, mask token, class token, positions, dropout.
 
     ViTModel casts its pixel_values to floats before it calls this, without dividing by 255: uint8 pixels are for
@@ -155,7 +171,7 @@ class ViTEmbeddings(Stem, modeling_vit.ViTEmbeddings):
         return self.dropout(tokens)
 
 
-class FlavaImageEmbeddings(Stem, modeling_flava.FlavaImageEmbeddings):
+class FlavaImageEmbeddings(_Stem, modeling_flava.FlavaImageEmbeddings):
     """transformers' FlavaImageEmbeddings: patches, mask token, class token, positions, dropout."""
 
     def _projection(self) -> nn.Module:
@@ -194,11 +210,14 @@ class FlavaImageEmbeddings(Stem, modeling_flava.FlavaImageEmbeddings):
         return self.dropout(tokens)
 
 
-class Siglip2VisionEmbeddings(Stem, modeling_siglip2.Siglip2VisionEmbeddings):
+class Siglip2VisionEmbeddings(_Stem, modeling_siglip2.Siglip2VisionEmbeddings):
     """transformers' Siglip2VisionEmbeddings: rows of patches of padded images, each with positions for its own grid.
 
     The original asks the device for the size of every image; here sizes stay where they are.
     """
+
+    _sizes = ("hidden_size", "num_channels", "num_patches", "patch_size")
+    _sides = ()
 
     def _projection(self) -> nn.Module:
         return self.patch_embedding
@@ -233,6 +252,10 @@ class Qwen2VLPatchEmbed(Stem, modeling_qwen2_vl.PatchEmbed):
     Qwen2VLModel casts its pixel_values to floats before it calls this, without dividing by 255: uint8 pixels are for
     `model.visual` itself.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_integers("Qwen2VLPatchEmbed", **arguments_of(modeling_qwen2_vl.PatchEmbed.__init__, args, kwargs))
+        super().__init__(*args, **kwargs)
 
     def _projection(self) -> nn.Module:
         return self.proj

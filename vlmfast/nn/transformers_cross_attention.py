@@ -22,6 +22,7 @@ from transformers.models.idefics import modeling_idefics as idefics
 from transformers.models.mllama import modeling_mllama as mllama
 
 from vlmfast.nn._attention import add_gated, attend, intervals, key_bias, merge_heads, split_heads
+from vlmfast.nn._sizes import check_config, check_divides
 from vlmfast.nn._stem import forward_replaced, reason_to_call
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -31,7 +32,17 @@ class IdeficsGatedCrossAttentionLayer(idefics.IdeficsGatedCrossAttentionLayer):
     """IDEFICS' gated cross-attention and gated SwiGLU; a drop-in for transformers' layer of that name.
 
     A token that no image is for has the attention's 0, with or without cross_attention_gate.
+
+    Args:
+        config, layer_idx: transformers'.
+    Raises:
+        TypeError: a size in config is no integer.
+        ValueError: a size in config is less than 1, or its heads do not divide its width.
     """
+
+    def __init__(self, config: Any, layer_idx: int | None = None) -> None:
+        _check_heads("IdeficsGatedCrossAttentionLayer", config, "intermediate_size")
+        super().__init__(config, layer_idx)
 
     def reason_not_eligible(self) -> str | None:
         """Why the original's forward runs, or None."""
@@ -136,10 +147,16 @@ class MllamaCrossAttentionDecoderLayer(mllama.MllamaCrossAttentionDecoderLayer):
         empty: what the attention gives a token before the first image: "zero", or "all", which is transformers': it
             attends to every key of every image, later ones and padding tiles too.
     Raises:
-        ValueError: empty is neither.
+        TypeError: a size in config is no integer.
+        ValueError: a size in config is less than 1, its heads do not divide its width, or those of keys and values not
+            its heads; empty is neither.
     """
 
     def __init__(self, config: Any, layer_idx: int, empty: str = "zero") -> None:
+        name = "MllamaCrossAttentionDecoderLayer"
+        _check_heads(name, config, "num_key_value_heads", "intermediate_size")
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        check_divides(name, "config.num_key_value_heads", kv_heads, "config.num_attention_heads", heads)
         super().__init__(config, layer_idx)
         self.empty = _known_empty(empty)
 
@@ -254,12 +271,14 @@ class GPT2CrossAttention(gpt2.GPT2Attention):
         is_cross_attention: must be True.
         layer_idx: transformers'.
     Raises:
-        ValueError: is_cross_attention is False.
+        TypeError: a size in config is no integer.
+        ValueError: a size in config is less than 1, or its heads do not divide its width; is_cross_attention is False.
     """
 
     def __init__(self, config: Any, is_cross_attention: bool = True, layer_idx: int | None = None) -> None:
         if not is_cross_attention:
             raise ValueError("GPT2CrossAttention: is_cross_attention must be True; got False")
+        _check_heads("GPT2CrossAttention", config)
         super().__init__(config, is_cross_attention=True, layer_idx=layer_idx)
 
     def reason_not_eligible(self) -> str | None:
@@ -323,6 +342,12 @@ class GPT2CrossAttention(gpt2.GPT2Attention):
             scale /= self.layer_idx + 1
         out = merge_heads(attend(q, k, v, key_bias=bias, scale=scale))
         return self.resid_dropout(self.c_proj(out)), None
+
+
+def _check_heads(name: str, config: Any, *sizes: str) -> None:
+    check_config(name, config, ("hidden_size", "num_attention_heads", *sizes))
+    heads, width = config.num_attention_heads, config.hidden_size
+    check_divides(name, "config.num_attention_heads", heads, "config.hidden_size", width)
 
 
 def _over(cls: type[Layer], base: type[nn.Module], original: nn.Module) -> Layer:
