@@ -4,6 +4,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +120,7 @@ def name_of(pair: dict[str, Any]) -> str | None:
     return None
 
 
+@cache
 def read_pictures(pairs: Path, split: str) -> dict[str, list[Picture]]:
     """Name -> pictures of the pairs' own split 'train' or 'val', in the order of the shards."""
     found: dict[str, list[Picture]] = {name: [] for name in KIND}
