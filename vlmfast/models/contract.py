@@ -152,6 +152,8 @@ class Pretrainable:
     """What the tokenizer must have, such as {"mask_token": "<|mask|>"}; added where it is missing."""
     tasks: ClassVar[tuple[str, ...]] = ()
     """Names in vlmfast.tasks.TASKS; the first serves --eval-strategy."""
+    new_parts: ClassVar[tuple[str, ...]] = ()
+    """What names of weights begin with that a checkpoint of another model, or of other settings, need not have."""
     requires: ClassVar[tuple[str, ...]] = ("caption",)
     """Fields of a sample's record without which it cannot be trained on."""
 
@@ -172,14 +174,15 @@ class Pretrainable:
         """
         from huggingface_hub.errors import StrictDataclassError
 
+        from vlmfast.models.checkpoints import load, read_json
+
         options.check()
         chosen = cls.overrides(options)
         try:
             if options.pretrained:
-                model = cls.from_pretrained(existing(options.pretrained), **chosen)  # type: ignore[attr-defined]
+                model = load(cls, options.pretrained, may_be_new=True, **chosen)
             elif options.config:
-                settings = json.loads(Path(options.config).read_text(encoding="utf-8"))
-                model = cls(cls.config_class.from_dict({**settings, **chosen}))  # type: ignore[call-arg]
+                model = cls(cls.config_class.from_dict({**read_json(options.config), **chosen}))  # type: ignore[call-arg]
             else:
                 model = cls.create(options, tokenizer, **chosen)
         except StrictDataclassError as error:  # neither a ValueError nor a TypeError
@@ -311,15 +314,6 @@ def parse_overrides(config_class: Any, overrides: Sequence[str]) -> dict[str, An
         except json.JSONDecodeError:
             found[name] = value
     return found
-
-
-def existing(checkpoint: str) -> str:
-    """What can only be a path is looked for here; owner/name may also be on a hub, where transformers looks."""
-    path = Path(checkpoint)
-    only_a_path = path.exists() or path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1
-    if only_a_path and not (path / "config.json").exists():
-        raise FileNotFoundError(f"{checkpoint} is not the folder of a checkpoint: it has no config.json")
-    return checkpoint
 
 
 def fingerprint(settings: Mapping[str, Any], *modules: nn.Module) -> str:

@@ -1,19 +1,31 @@
 """Towers of transformers: made of a config, with OpenAI's initial weights where they are CLIP's, or loaded."""
 
 from collections.abc import Sequence
+from inspect import signature
 from os import fspath
+from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.align.modeling_align import round_filters
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, CLIPVisionEmbeddings
 
+from vlmfast.models.checkpoints import (
+    check_sizes,
+    check_weights,
+    find,
+    making,
+    read_config,
+    read_json,
+    reading,
+    refuse_kernels,
+)
 from vlmfast.nn import transformers as stems
 
 
@@ -85,6 +97,7 @@ def tower_config(name: str, given: Any, default: Any) -> PreTrainedConfig:
     if given is not None and not isinstance(given, dict):
         raise TypeError(f"{name}: expected a config or a dict of one, got {type(given).__name__}")
     settings = dict(given or {})
+    refuse_kernels(name, settings)
     model_type = settings.pop("model_type", default.model_type)
     if model_type == default.model_type:
         return default(**settings)
@@ -94,15 +107,52 @@ def tower_config(name: str, given: Any, default: Any) -> PreTrainedConfig:
         raise ValueError(f"{name}: {error}") from error
 
 
-def new_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """A tower of random weights; EfficientNets are put right, see `correct_efficientnet`."""
-    if config.model_type in TOWERS:
-        tower = TOWERS[config.model_type]._from_config(config)
-        _flatten(tower)
+def new_tower(
+    config: PreTrainedConfig, reads: Literal["image", "text"] | None = None, name: str = "config"
+) -> PreTrainedModel:
+    """A tower of random weights; EfficientNets are put right, see `correct_efficientnet`.
+
+    Args:
+        config: of a type that AutoModel knows.
+        reads: what the tower must read, without other inputs, and make one feature of.
+        name: of the config, for messages.
+    Raises:
+        ValueError: the type reads something else, or `vlmfast.models.checkpoints.check_sizes` refuses the config.
+    """
+    own = TOWERS.get(config.model_type)
+    if own is None:
+        tower = making(name, config, lambda: AutoModel.from_config(config, trust_remote_code=False))
     else:
-        tower = AutoModel.from_config(config)
+        tower = making(name, config, lambda: own._from_config(config))
+        _flatten(tower)
+    if reads is not None:
+        _check_kind(name, tower, reads)
     correct_efficientnet(tower)
     return tower
+
+
+def pools_first(config: PreTrainedConfig) -> bool:
+    """Whether a text's feature is read from its first token: of types that have a masked language model."""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def _check_kind(name: str, tower: PreTrainedModel, reads: Literal["image", "text"]) -> None:
+    own, other = ("pixel_values", "input_ids") if reads == "image" else ("input_ids", "pixel_values")
+    kind, forward = tower.config.model_type, type(tower).forward
+    parameters = {key: value for key, value in signature(forward).parameters.items() if key != "self"}
+    named = (value for value in parameters.values() if value.kind not in (value.VAR_POSITIONAL, value.VAR_KEYWORD))
+    needed = [value.name for value in named if value.default is value.empty and value.name != own]
+    if own not in parameters or other in parameters:
+        what = "both" if own in parameters else f"no {own}"
+        raise ValueError(f"{name}: expected a model that reads {own} alone, got {kind!r}, whose forward takes {what}")
+    if needed:
+        raise ValueError(f"{name}: expected a model that reads {own} alone, got {kind!r}, which needs {needed} too")
+    if reads == "text" and pools_first(tower.config):
+        return
+    result = get_type_hints(forward).get("return")
+    fields = [getattr(part, "__dataclass_fields__", {}) for part in get_args(result) or (result,)]
+    if result is not None and not any("pooler_output" in names for names in fields):
+        raise ValueError(f"{name}: expected a tower with pooler_output, got {kind!r}")
 
 
 def _flatten(tower: PreTrainedModel) -> None:
@@ -180,10 +230,16 @@ def load_tower(name: str, tower: Any) -> nn.Module | PreTrainedConfig:
         return tower
     if isinstance(tower, PreTrainedModel):
         return _layers(name, tower)
-    model, report = AutoModel.from_pretrained(fspath(tower), output_loading_info=True)
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise ValueError(f"{name}: expected a checkpoint of a {type(model).__name__}, {fspath(tower)} lacks {missing}")
+    source = find(fspath(tower))
+    read_config(source)
+    with reading(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_sizes(source, config, lambda: AutoModel.from_config(config, trust_remote_code=False))
+    with reading(source):
+        model, report = AutoModel.from_pretrained(
+            source, config=config, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    check_weights(name, source, model, report, new=("pooler.",))
     return _layers(name, model)
 
 
@@ -201,8 +257,13 @@ def _layers(name: str, model: PreTrainedModel) -> nn.Module:
 
 def normalisation(vision: Any) -> dict[str, Any]:
     """image_mean and image_std of the preprocessor_config.json beside a checkpoint, where there is one."""
-    try:
-        settings, _ = BaseImageProcessor.get_image_processor_dict(fspath(vision))
-    except OSError:
-        return {}
+    path = Path(fspath(vision))
+    if path.is_dir():
+        file = path / "preprocessor_config.json"
+        settings = read_json(file) if file.exists() else {}
+    else:
+        try:
+            settings, _ = BaseImageProcessor.get_image_processor_dict(find(fspath(vision)))
+        except OSError:  # a hub has none
+            return {}
     return {name: settings[name] for name in ("image_mean", "image_std") if name in settings}

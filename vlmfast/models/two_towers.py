@@ -28,17 +28,19 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 from typing_extensions import Self
 
-from vlmfast.models.contract import Pretrainable, existing
+from vlmfast.models.checkpoints import check_numbers
+from vlmfast.models.contract import Pretrainable
 from vlmfast.models.towers import (
     CLIPTextModel,
     load_tower,
     new_tower,
     normalisation,
+    pools_first,
     read_bytes,
     tower_width,
 )
@@ -102,13 +104,14 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
 
     def __init__(self, config: TwoTowerConfig) -> None:
         super().__init__(config)
+        check_numbers("config", config)
         vision_config, text_config = config.vision_config, config.text_config
-        self.vision_model = new_tower(vision_config)
-        self.text_model = new_tower(text_config)
+        self.vision_model = new_tower(vision_config, "image", "vision_config")
+        self.text_model = new_tower(text_config, "text", "text_config")
         if isinstance(self.text_model, CLIPTextModel) and not isinstance(text_config.eos_token_id, int):
             raise ValueError(f"text_config: expected an integer eos_token_id, got {text_config.eos_token_id}")
         self.reads_bytes = read_bytes(self.vision_model, config.image_mean, config.image_std)
-        self.text_pools_first = type(text_config) in MODEL_FOR_MASKED_LM_MAPPING
+        self.text_pools_first = pools_first(text_config)
         if self.text_pools_first:
             if getattr(text_config, "is_decoder", False) or text_config.is_encoder_decoder:
                 raise ValueError(f"text_config: expected an encoder, got {text_config.model_type!r} with a decoder")
@@ -146,8 +149,8 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
             return cls(cls.config_class.from_dict({**small.to_dict(), **overrides}) if overrides else small)
         width = {"projection_dim": options.embed_dim} if hasattr(options, "embed_dim") else {}
         return cls.from_towers(
-            small.vision_config if options.vision_tower is None else existing(options.vision_tower),
-            small.text_config if options.text_tower is None else existing(options.text_tower),
+            small.vision_config if options.vision_tower is None else options.vision_tower,
+            small.text_config if options.text_tower is None else options.text_tower,
             **{**width, **overrides},
         )
 

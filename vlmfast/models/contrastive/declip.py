@@ -176,6 +176,7 @@ class DeCLIPModel(TwoTowerModel):
     paper = "Li et al. 2021 (2110.05208)"
     Options = DeCLIPOptions
     special_tokens: ClassVar[dict[str, str]] = {"mask_token": "<|mask|>"}
+    new_parts = ("projector.", "predictor.", "text_predictor.", "bank.")
     shared_features = ("head_parameters",)
     """Features that do not depend on the batch, for GradCache."""
 

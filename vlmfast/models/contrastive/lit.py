@@ -98,6 +98,7 @@ class LiTModel(TwoTowerModel):
     base_model_prefix = "lit"
     paper = "Zhai et al. 2022 (2111.07991)"
     Options = PatchOptions
+    new_parts = ("text_projection.bias",)
 
     def __init__(self, config: LiTConfig) -> None:
         super().__init__(config)
