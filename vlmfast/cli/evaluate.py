@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     from transformers import HfArgumentParser
     from transformers.utils import logging
 
-    from vlmfast.data import load_tokenizer
+    from vlmfast.models.checkpoints import find_tokenizer, load
 
     # The task decides which flags there are, and the model which task it is.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -72,11 +72,11 @@ def run(arguments: Sequence[str]) -> int:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
-    model = cls.from_pretrained(args.checkpoint)
+    model = load(cls, args.checkpoint)
     scores = task(task_options).evaluate(
         model,
         args.data,
-        load_tokenizer(args.tokenizer or args.checkpoint),
+        find_tokenizer(args.tokenizer or args.checkpoint),
         _model_options(model, args),
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         batch_size=args.batch_size,

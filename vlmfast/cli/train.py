@@ -12,7 +12,6 @@ from typing import Any
 
 from vlmfast.cli.arguments import UsageError, parse
 from vlmfast.models import MODELS, model_class
-from vlmfast.models.contract import existing
 
 SHOWN = (
     "output_dir",
@@ -174,10 +173,10 @@ def _split(argument: str) -> tuple[str, str, str]:
 
 def _tokenizer(cls: Any, options: Any, data_args: DataArguments) -> Any:
     """The tokenizer, with the special tokens that the model needs."""
-    from vlmfast.data import load_tokenizer
+    from vlmfast.models.checkpoints import find_tokenizer
 
     source = options.tokenizer_source()
-    tokenizer = load_tokenizer(data_args.tokenizer or (source and existing(source)))
+    tokenizer = find_tokenizer(data_args.tokenizer or source)
     missing = {name: token for name, token in cls.special_tokens.items() if getattr(tokenizer, name) is None}
     if missing:
         tokenizer.add_special_tokens(missing)
@@ -243,9 +242,11 @@ def _record(name: str, options: Any, data_args: DataArguments, args: Any) -> dic
 
 
 def _check_same_run(path: Path, record: dict[str, Any]) -> None:
+    from vlmfast.models.checkpoints import read_json
+
     if not path.exists():
         return
-    before = json.loads(path.read_text())
+    before = read_json(path)
     changed = [
         f"{name} was {before.get(part, {}).get(name)!r} and is {value!r}"
         for part, values in record.items()

@@ -1,5 +1,6 @@
 """Captions to token ids, samples to batches."""
 
+import json
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUNDLED = Path(__file__).parent / "tokenizer"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class Collator:
@@ -110,14 +112,22 @@ def load_tokenizer(name_or_path: str | PathLike[str] | None = None) -> "PreTrain
     """A transformers tokenizer by folder or hub name; None gives the bundled byte-level BPE.
 
     Raises:
-        ValueError: there is no tokenizer of that name.
+        ValueError: there is no tokenizer of that name, a file of it is damaged, or it needs code of its own, which is
+            not run.
     """
     from transformers import AutoTokenizer
 
     name = BUNDLED if name_or_path is None else name_or_path
+    for file in TOKENIZER_FILES:
+        path = Path(fspath(name)) / file
+        try:
+            if path.is_file() and not isinstance(json.loads(path.read_bytes()), dict):
+                raise ValueError("expected a JSON object")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
     try:
-        return AutoTokenizer.from_pretrained(fspath(name))
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(fspath(name), trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises just that
         raise ValueError(
             f"name_or_path: no tokenizer at {fspath(name)!r}; expected a folder that save_pretrained wrote, a name on "
             "the Hugging Face hub (cached when offline), or None for the bundled tokenizer"

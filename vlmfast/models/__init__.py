@@ -22,12 +22,9 @@ def model_type(checkpoint: str) -> str:
     Raises:
         ValueError: it is none of them.
     """
-    from transformers import PreTrainedConfig
+    from vlmfast.models.checkpoints import find, read_config
 
-    from vlmfast.models.contract import existing
-
-    found, _ = PreTrainedConfig.get_config_dict(existing(checkpoint))
-    name = found.get("model_type")
+    name = read_config(find(checkpoint)).get("model_type")
     if name not in MODELS:
         raise ValueError(f"{checkpoint}: expected a checkpoint of {', '.join(MODELS)}; got model_type {name!r}")
     return str(name)

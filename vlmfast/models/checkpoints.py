@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from vlmfast.data import load_tokenizer
+
 Made = TypeVar("Made")
 
 HUB_SECONDS = 8
@@ -64,6 +66,15 @@ def find(checkpoint: str, file: str = "config.json") -> str:
     raise FileNotFoundError(
         f"{checkpoint} is not a folder here nor in the cache, and {constants.ENDPOINT} does not answer: {problem}"
     )
+
+
+def find_tokenizer(name: str | None) -> Any:
+    """The tokenizer in a folder or of a name on a hub; None is the bundled one.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find` and `vlmfast.data.load_tokenizer`.
+    """
+    return load_tokenizer(name if name is None or Path(name).exists() else find(name, "tokenizer_config.json"))
 
 
 def _hub_problem() -> str | None:
