@@ -152,7 +152,7 @@ def _check_safetensors(path: Path) -> None:
 def refuse_kernels(where: str, settings: Mapping[str, Any]) -> None:
     """ValueError where a config, or one in it, names an attention that transformers would fetch from a hub."""
     for name, value in settings.items():
-        if name.strip("_") in ("attn_implementation", "attn_implementation_internal", "experts_implementation"):
+        if str(name).strip("_") in ("attn_implementation", "attn_implementation_internal", "experts_implementation"):
             named = value.values() if isinstance(value, dict) else [value]
             for one in named:
                 if one not in (None, "eager", "sdpa", "flex_attention"):
@@ -239,7 +239,7 @@ def making(name: str, config: Any, make: Callable[[], Made]) -> Made:
         check_sizes(name, config, make)
         return make()
     check_numbers(name, config)
-    with _of_config(name, config):
+    with of_config(name, config.model_type):
         model = make()
     _check_memory(name, model)
     return model
@@ -259,34 +259,23 @@ def check_sizes(name: str, config: Any, make: Callable[[], Any]) -> None:
     from transformers.initialization import no_init_weights
 
     check_numbers(name, config)
-    with _of_config(name, config), torch.device("meta"), no_init_weights():
+    with of_config(name, config.model_type), torch.device("meta"), no_init_weights():
         model = make()
     _check_memory(name, model)
 
 
 @contextmanager
-def _of_config(name: str, config: Any) -> Iterator[None]:
+def of_config(name: str, model_type: str) -> Iterator[None]:
+    """Whatever a wrong number or word in a config leads to, as a ValueError of one line that names the config."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         yield
-    except StrictDataclassError as error:  # neither a ValueError nor a TypeError
-        raise ValueError(f"{name}: {_one_line(error)}") from error
-    except ValueError as error:
-        if "\n" not in str(error):
-            raise
-        raise ValueError(f"{name}: {_one_line(error)}") from error
-    except (
-        ArithmeticError,
-        LookupError,
-        RuntimeError,
-        AttributeError,
-        AssertionError,
-        TypeError,
-        ImportError,
-    ) as error:
-        reason = _one_line(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {_one_line(error)}"
-        raise ValueError(f"{name}: no {config.model_type!r} can be made of this config: {reason}") from error
+    except Exception as error:
+        text = _one_line(error)
+        if not isinstance(error, ValueError | ImportError | StrictDataclassError):
+            text = f"no {model_type!r} can be made of this config: {type(error).__name__}: {text}"
+        raise ValueError(text if text.startswith(name) else f"{name}: {text}") from error
 
 
 def check_numbers(name: str, config: Any) -> None:
@@ -294,7 +283,7 @@ def check_numbers(name: str, config: Any) -> None:
     defaults: Any = None
     for field, value in vars(config).items():
         if hasattr(value, "to_dict"):
-            check_numbers(f"{name}.{field}", value)
+            check_numbers(field, value)
             continue
         numbers = value if isinstance(value, list | tuple) else [value]
         if not SIZE.search(field) or not all(type(number) is int for number in numbers):

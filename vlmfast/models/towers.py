@@ -21,6 +21,7 @@ from vlmfast.models.checkpoints import (
     check_weights,
     find,
     making,
+    of_config,
     read_config,
     read_json,
     reading,
@@ -99,12 +100,10 @@ def tower_config(name: str, given: Any, default: Any) -> PreTrainedConfig:
     settings = dict(given or {})
     refuse_kernels(name, settings)
     model_type = settings.pop("model_type", default.model_type)
-    if model_type == default.model_type:
-        return default(**settings)
-    try:
+    with of_config(name, model_type):
+        if model_type == default.model_type:
+            return default(**settings)
         return AutoConfig.for_model(model_type, **settings)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def new_tower(
@@ -153,6 +152,8 @@ def _check_kind(name: str, tower: PreTrainedModel, reads: Literal["image", "text
     fields = [getattr(part, "__dataclass_fields__", {}) for part in get_args(result) or (result,)]
     if result is not None and not any("pooler_output" in names for names in fields):
         raise ValueError(f"{name}: expected a tower with pooler_output, got {kind!r}")
+    if getattr(tower, "pooler", tower) is None:
+        raise ValueError(f"{name}: expected a tower with a pooler, got {kind!r}, which AutoModel makes without")
 
 
 def _flatten(tower: PreTrainedModel) -> None:
@@ -257,13 +258,13 @@ def _layers(name: str, model: PreTrainedModel) -> nn.Module:
 
 def normalisation(vision: Any) -> dict[str, Any]:
     """image_mean and image_std of the preprocessor_config.json beside a checkpoint, where there is one."""
-    path = Path(fspath(vision))
-    if path.is_dir():
-        file = path / "preprocessor_config.json"
-        settings = read_json(file) if file.exists() else {}
+    source = find(fspath(vision))
+    file = Path(source) / "preprocessor_config.json"
+    if file.exists():
+        settings = read_json(file)
     else:
         try:
-            settings, _ = BaseImageProcessor.get_image_processor_dict(find(fspath(vision)))
-        except OSError:  # a hub has none
+            settings, _ = BaseImageProcessor.get_image_processor_dict(source)
+        except OSError:
             return {}
     return {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
