@@ -15,9 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from vlmfast.cli import main
-from vlmfast.cli.models import read_tokenizer
 from vlmfast.data import load_tokenizer
-from vlmfast.models.checkpoints import find, load, read_json
+from vlmfast.models.checkpoints import find, find_tokenizer, load, read_json
 from vlmfast.models.contrastive import CLIPConfig, CLIPModel, DeCLIPModel
 from vlmfast.models.towers import load_tower, normalisation
 
@@ -148,7 +147,7 @@ def test_a_damaged_file_is_named(clip: Path, name: str, damage: str, capsys: pyt
             normalisation(clip)
     if name.startswith("tokenizer"):
         with pytest.raises(ValueError, match=f"{path} is damaged"):
-            read_tokenizer(str(clip))
+            find_tokenizer(str(clip))
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut"])
@@ -349,7 +348,7 @@ def test_a_hub_that_does_not_answer(
     for look in (
         lambda: load(CLIPModel, "nobody/nothing"),
         lambda: load_tower("vision_model", "nothing"),
-        lambda: read_tokenizer("nobody/nothing"),
+        lambda: find_tokenizer("nobody/nothing"),
         lambda: normalisation("nobody/nothing"),
     ):
         with pytest.raises(FileNotFoundError, match=f"nor in the cache, .* does not answer: {message}"):
