@@ -20,6 +20,7 @@ ALLOWED = {
     "data": set(),
     "training": {"data", "distributed", "ops"},
     "tasks": {"data", "distributed", "ops"},
+    "evaluation": {"data", "tasks"},
     "bench": {"ops", "integrations"},
     "doctor": {"bench", "ops"},
     "cli": {"bench", "doctor", "data", "training", "tasks", "models", "ops", "distributed", "nn"},

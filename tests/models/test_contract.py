@@ -181,8 +181,8 @@ def test_a_model_of_ones_own_needs_no_edit(
     common = [f"--data={data}", f"--output-dir={out}", "--image-size=16", "--max-length=12", "--use-cpu"]
     assert main([
         "train", "someones.models:Toy", *common, "--width=16", "--per-device-train-batch-size=8", "--max-steps=30",
-        "--report-to=none", "--dataloader-num-workers=0", "--disable-tqdm=true", "--save-steps=30", f"--val-data={data}",
-        "--eval-strategy=steps", "--eval-steps=30", "--logging-steps=5",
+        "--report-to=none", "--dataloader-num-workers=0", "--disable-tqdm=true", "--save-steps=30",
+        f"--val-data={data}", "--eval-strategy=steps", "--eval-steps=30", "--logging-steps=5",
     ]) == 0  # fmt: skip
     history = json.loads((out / "checkpoint-30" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]

@@ -11,6 +11,7 @@ from stems import compiled
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from watching import Watch
 
 from vlmfast.nn import interpolate_position, interpolate_position_per_image
 from vlmfast.nn import position as module
@@ -130,15 +131,21 @@ def test_nothing_is_read_back_from_the_device() -> None:
 
 
 def test_matrices_are_made_once() -> None:
-    module._kept_matrix.cache_clear()
+    """The second call makes none, and one of other settings does not take the first one's."""
     position = torch.randn(9, 4)
-    for _ in range(3):
-        interpolate_position(position, (5, 4))
-    assert module._kept_matrix.cache_info().misses == 2
-    interpolate_position(position, (5, 4), antialias=True)
-    interpolate_position(position, (5, 4), mode="bilinear")
-    interpolate_position(position.double(), (5, 4))
-    assert module._kept_matrix.cache_info().misses == 8
+    for settings in ({}, {"antialias": True}, {"mode": "bilinear"}):
+        module._kept_matrix.cache_clear()
+        with Watch() as first:
+            expected = interpolate_position(position, (5, 4), **settings)
+        with Watch() as second:
+            assert torch.equal(interpolate_position(position, (5, 4), **settings), expected)
+        assert any("upsample" in str(op) for op in first.seen)
+        assert not any("upsample" in str(op) for op in second.seen)
+    interpolate_position(position, (5, 4))
+    bilinear = interpolate_position(position, (5, 4), mode="bilinear")
+    module._kept_matrix.cache_clear()
+    assert torch.equal(interpolate_position(position, (5, 4), mode="bilinear"), bilinear)
+    assert interpolate_position(position.double(), (5, 4)).dtype == torch.float64
 
 
 def test_matrices_made_in_inference_mode_serve_training() -> None:
