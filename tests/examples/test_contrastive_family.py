@@ -34,8 +34,11 @@ def test_every_model_is_trained_with_one_budget(
     def vlmfast(command: str, *options: str) -> None:
         if command == "train":
             name, *rest = options
-            classes = {"model": model_class(name).Options, "data": DataArguments, "training": PretrainingArguments}
-            trained[name] = parse(name, {heading: (cls, {}) for heading, cls in classes.items()}, rest)
+            model = model_class(name)
+            training = (PretrainingArguments, model.training_defaults)
+            trained[name] = parse(
+                name, {"model": (model.Options, {}), "data": (DataArguments, {}), "training": training}, rest
+            )
             return
         given = dict(option.split("=", 1) for option in options)
         scores = {side: {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75} for side in SIDES} | {"zero_shot": {"top-1": 0.125}}

@@ -136,6 +136,57 @@ def test_a_frozen_tower_gets_nothing() -> None:
     assert all(p.grad is not None for p in model.text.parameters())
 
 
+@pytest.mark.parametrize("chunk", [3, 10, 20])
+@pytest.mark.parametrize("frozen", ["image", "text", "towers", "logit_scale"])
+def test_whatever_is_frozen_the_rest_has_its_gradients(frozen: str, chunk: int) -> None:
+    plain, cached = Towers(), Towers()
+    cached.load_state_dict(plain.state_dict())
+    for model in (plain, cached):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(("image", "text") if frozen == "towers" else frozen))
+    data = batch(20)
+    CountedLoss()(plain(**data)).backward()
+    forward_backward(lambda part: cached(**part), CountedLoss(), data, chunk)
+    for (name, p), q in zip(cached.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    model = Towers().requires_grad_(False)
+    with pytest.raises(ValueError, match="grad_cache: no feature has a gradient"):
+        forward_backward(lambda part: model(**part), CountedLoss(), batch(6), 4)
+
+
+@pytest.mark.parametrize("factor", [2.0**10, 2.0**15, 2.0**16, 2.0**20])
+def test_float16_features_under_a_scaler_have_the_gradients_of_the_plain_step(factor: float) -> None:
+    """The factor is there before float16 rounds to zero what is small; what overflows does so in both."""
+    plain, cached = Towers(), Towers()
+    cached.load_state_dict(plain.state_dict())
+    data = batch(256)
+
+    def encode(model: Towers, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v if v.dim() == 0 else v.half() for k, v in model(**part).items()}
+
+    def backward(value: Tensor) -> None:
+        (value * factor).backward()
+
+    backward(CountedLoss()(encode(plain, data)))
+    forward_backward(lambda part: encode(cached, part), CountedLoss(), data, 100, backward=backward)
+    for (name, p), q in zip(cached.named_parameters(), plain.parameters(), strict=True):
+        assert p.grad.isfinite().all() == q.grad.isfinite().all(), name
+        if q.grad.isfinite().all():
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item())
+    if factor == 2.0**15:
+        unscaled = Towers()
+        unscaled.load_state_dict(plain.state_dict())
+        CountedLoss()(unscaled(**data)).backward()
+        for p, q in zip(cached.parameters(), unscaled.parameters(), strict=True):
+            error = (p.grad / factor - q.grad).norm() / q.grad.norm()
+            assert error < 0.02
+
+
 def test_backward_and_no_sync_are_called_as_promised() -> None:
     calls: list[str] = []
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import TINY, write_pairs
+from scenarios import Line
+from scenarios import make_trainer as toy_trainer
+from torch import nn
 from transformers import TrainerCallback
 
 from vlmfast.data import Collator, ImageTextDataset, load_tokenizer, train_transform
@@ -13,7 +16,7 @@ from vlmfast.models.contrastive.align import ALIGNConfig, ALIGNModel
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
 from vlmfast.nn import _stem
 from vlmfast.ops import patch_embed
-from vlmfast.training import PretrainingArguments, PretrainingTrainer, last_checkpoint
+from vlmfast.training import PretrainingArguments, PretrainingTrainer, last_checkpoint, trainer
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_trainer(data: Path, output_dir: Path, **options: object) -> PretrainingTrainer:
-    options = {"per_device_train_batch_size": 8, "max_steps": 8, "logging_steps": 1, "save_strategy": "no", **options}
+    settings = {"per_device_train_batch_size": 8, "max_steps": 8, "logging_steps": 1, "save_strategy": "no"}
+    options = {**CLIPModel.training_defaults, **settings, **options}
     arguments = PretrainingArguments(
         output_dir=str(output_dir), report_to=[], use_cpu=True, disable_tqdm=True, dataloader_num_workers=0, **options
     )
@@ -132,7 +136,7 @@ def test_logs_carry_temperature_and_rate(data: Path, tmp_path: Path) -> None:
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[0]["temperature"] == pytest.approx(0.07, rel=0.05)
-    assert all(entry["pairs_per_second"] > 0 for entry in logs[1:])
+    assert all(entry["samples_per_second"] > 0 for entry in logs[1:])
 
 
 def test_logs_carry_align_s_temperature_which_has_no_logarithm(data: Path, tmp_path: Path) -> None:
@@ -170,15 +174,75 @@ def test_pixels_reach_the_op_as_they_were_decoded(data: Path, tmp_path: Path, mo
 def test_bad_chunk() -> None:
     with pytest.raises(ValueError, match="cache_chunk must be at least 1; got 0"):
         PretrainingArguments(output_dir="unused", cache_chunk=0, use_cpu=True)
-    with pytest.raises(ValueError, match="fsdp must be unset; got True: FSDP takes no scalar parameters"):
-        PretrainingArguments(output_dir="unused", fsdp=True, use_cpu=True)
 
 
-def test_last_checkpoint_passes_over_half_written_ones(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    for step, state in ((5, "{}"), (10, "{}"), (20, '{"epoch": 1'), (30, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-best").mkdir()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+def test_fsdp_is_refused_where_a_parameter_is_a_scalar() -> None:
+    class Arguments:
+        fsdp, cache_chunk = True, None
+
+    class Scaled(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+    message = "fsdp must be unset; got True: FSDP takes no scalar parameters, and scale of Scaled is one"
+    with pytest.raises(ValueError, match=message):
+        PretrainingTrainer(Scaled(), Arguments())
+    trainer._check(Line(), Arguments())  # which has none
+
+
+def test_cache_chunk_is_refused_for_a_loss_of_single_samples(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cache_chunk 2: Line has no loss\(\*\*features\)"):
+        toy_trainer(tmp_path, cache_chunk=2)
+
+
+class Grouped(Line):
+    def __init__(self, names: tuple[tuple[str, ...], ...] = (("layer.weight",), ("layer.bias",))) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.names = names
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, object]]:
+        own = dict(self.named_parameters())
+        first, second = ([own[name] for name in names] for names in self.names)
+        return [{"params": first, "lr": 5 * lr, "weight_decay": weight_decay}, {"params": second, "weight_decay": 0.0}]
+
+    def metrics(self) -> dict[str, float]:
+        return {"bias": self.layer.bias.item()}
+
+
+def test_a_model_has_groups_and_metrics_of_its_own(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, model=Grouped(), learning_rate=0.1, weight_decay=0.3, lr_scheduler_type="constant")
+    trainer.train()
+    rates = [(group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups]
+    assert rates == [(0.5, 0.3), (0.1, 0.0)]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["bias"] == trainer.model.layer.bias.item() != logs[0]["bias"]
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"),
+    [
+        ((("layer.weight",), ()), "layer.bias in 0"),
+        ((("layer.weight", "layer.bias"), ("layer.bias",)), "layer.bias in 2"),
+        ((("layer.weight", "layer.bias"), ("frozen.weight",)), "frozen.weight in 1"),
+    ],
+)
+def test_groups_hold_what_is_trained_once(tmp_path: Path, names: tuple[tuple[str, ...], ...], wrong: str) -> None:
+    with pytest.raises(ValueError, match=rf"Grouped.parameter_groups: .*{wrong}"):
+        toy_trainer(tmp_path, model=Grouped(names)).create_optimizer()
+
+
+def test_frozen_parameters_are_in_no_optimizer(tmp_path: Path) -> None:
+    model = Line()
+    model.frozen = nn.Linear(2, 2).requires_grad_(False)
+    optimizer = toy_trainer(tmp_path, model=model).create_optimizer()
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+def test_a_hook_after_each_step_and_accumulated_batches(tmp_path: Path) -> None:
+    calls = []
+    model = Line()
+    model.after_optimizer_step = lambda: calls.append(model.steps)
+    toy_trainer(tmp_path, model=model, max_steps=3, gradient_accumulation_steps=2).train()
+    assert calls == [2, 4, 6]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,9 @@ def run(arguments: Sequence[str]) -> int:
     from transformers import set_seed
     from transformers.utils import logging
 
-    from vlmfast.training import PretrainingArguments, PretrainingTrainer, last_checkpoint
+    from vlmfast.training import PretrainingArguments, PretrainingTrainer
+    from vlmfast.training.checkpoints import check_weights
+    from vlmfast.training.run_folder import RunFolder
 
     cls = model_class(name)
     parsed = parse(
@@ -95,22 +96,24 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     options, data_args, args = parsed
     output_dir = Path(args.output_dir)
-    checkpoint = last_checkpoint(output_dir) if output_dir.exists() else None
-    record = _record(name, options, data_args, args)
-    if args.resume and checkpoint:
-        _check_same_run(output_dir / "run.json", record)
-    elif checkpoint:
-        raise ValueError(f"--output-dir {output_dir} holds {checkpoint.name} of an earlier run; pass --resume to go on")
+    folder = RunFolder(args)
 
     logging.disable_progress_bar()
     set_seed(args.seed)
     options.check()
     tokenizer = _tokenizer(cls, options, data_args)
     model = cls.build(options, tokenizer)
+    check_weights(model, f"--pretrained {options.pretrained}" if options.pretrained else name)
     dataset, collator = _training_data(model, tokenizer, options, data_args, args)
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(dataset) < batch:
         raise ValueError(f"--data has {len(dataset)} samples, fewer than one batch of {batch}")
+
+    make_record, default = _record(name, cls, options, data_args, args, dataset)
+    started = folder.start(make_record, default)
+    if started.complete:
+        print(f"the run in {output_dir} is complete")
+        return 0
 
     trainer = PretrainingTrainer(
         model=model,
@@ -121,17 +124,16 @@ def run(arguments: Sequence[str]) -> int:
         evaluator=_evaluator(model, tokenizer, options, data_args, args),
     )
     if trainer.is_world_process_zero():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "run.json").write_text(json.dumps(record, indent=2) + "\n")
         parameters = [p.numel() for p in model.parameters()]
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         kept = f", {frozen / 1e6:.1f}M of them frozen" if frozen else ""
         print(f"{name}: {sum(parameters) / 1e6:.1f}M parameters{kept}, {len(dataset)} samples, batch {batch}")
+        for note in started.notes:
+            print(note)
         if args.resume:
-            print(
-                f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {output_dir}: starting from step 0"
-            )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if args.resume and checkpoint else None)
+            where = started.checkpoint
+            print(f"resuming from {where}" if where else f"no checkpoint in {output_dir}: starting from step 0")
+    trainer.train(resume_from_checkpoint=None if started.checkpoint is None else str(started.checkpoint))
     skipped = ", ".join(f"{count} {reason}" for reason, count in dataset.skipped().items() if count)
     if trainer.is_world_process_zero():
         print(f"skipped: {skipped or 'nothing'}")
@@ -143,6 +145,7 @@ def run(arguments: Sequence[str]) -> int:
             print(f"stopped by {signal_name} after step {trainer.state.global_step}; --resume goes on from there")
         return 128 + received
     trainer.save_model()
+    folder.finish()
     if trainer.is_world_process_zero():
         print(f"model saved in {output_dir}")
     return 0
@@ -228,30 +231,21 @@ def _evaluator(model: Any, tokenizer: Any, options: Any, data_args: DataArgument
     return evaluator(default_task(type(model)), data_args.val_data, tokenizer, options, device=args.device)
 
 
-def _record(name: str, options: Any, data_args: DataArguments, args: Any) -> dict[str, Any]:
-    """What decides the course of a run; a resumed run must agree with it."""
-    names = (
-        "seed num_train_epochs max_steps learning_rate weight_decay warmup_steps gradient_accumulation_steps bf16 fp16"
-    )
-    chosen = {name: getattr(args, name) for name in names.split()}
-    chosen["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    chosen["global_batch_size"] = args.train_batch_size * args.world_size
-    data = {key: value for key, value in vars(data_args).items() if key != "val_data"}
-    settings = {key: value for key, value in vars(options).items() if key != "typed"}
-    return {"model": {"model": name, **settings}, "data": data, "training": chosen}
+def _record(
+    name: str, cls: Any, options: Any, data_args: DataArguments, args: Any, dataset: Any
+) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """What makes the record of what decides the course of the run, and the defaults of what an older one lacks."""
+    from vlmfast.training import record
 
+    def make() -> record.Record:
+        return {
+            "model": {"model": name, **record.plain(options)},
+            "data": {**record.plain(data_args, leave_out=("val_data",)), "fingerprint": dataset.fingerprint()},
+            "training": record.training_part(args),
+        }
 
-def _check_same_run(path: Path, record: dict[str, Any]) -> None:
-    from vlmfast.models.checkpoints import read_json
-
-    if not path.exists():
-        return
-    before = read_json(path)
-    changed = [
-        f"{name} was {before.get(part, {}).get(name)!r} and is {value!r}"
-        for part, values in record.items()
-        for name, value in values.items()
-        if before.get(part, {}).get(name) != value
-    ]
-    if changed:
-        raise ValueError(f"--resume must repeat the arguments of the run in {path.parent}: {'; '.join(changed)}")
+    return make, {
+        "model": record.defaults(type(options)),
+        "data": record.defaults(DataArguments),
+        "training": record.defaults(type(args), **cls.training_defaults),
+    }

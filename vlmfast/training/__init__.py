@@ -1,5 +1,6 @@
-"""Pretraining on transformers' Trainer: large contrastive batches, exact resume, checkpoints that survive a kill."""
+"""Pretraining on transformers' Trainer: large batches, exact resume, checkpoints that survive a kill."""
 
-from vlmfast.training.trainer import PretrainingArguments, PretrainingTrainer, last_checkpoint
+from vlmfast.training.checkpoints import last_checkpoint
+from vlmfast.training.trainer import PretrainingArguments, PretrainingTrainer
 
 __all__ = ["PretrainingArguments", "PretrainingTrainer", "last_checkpoint"]

@@ -7,9 +7,12 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+UNSHOWN = ("epoch", "grad_norm", "learning_rate", "num_input_tokens_seen", "samples_per_second")
+"""Of what is logged with the loss, what the bar has no room for."""
+
 
 class Progress(TrainerCallback):
-    """One bar over all steps with loss, temperature and pairs per second; scores are printed above it."""
+    """One bar over all steps with the loss, the model's metrics and samples per second; scores are printed above it."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -25,11 +28,9 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         if self.bar is not None and "loss" in logs:
-            shown = {"loss": f"{logs['loss']:.3f}"}
-            if "temperature" in logs:
-                shown["temperature"] = f"{logs['temperature']:.4f}"
-            if "pairs_per_second" in logs:
-                shown["pairs/s"] = f"{logs['pairs_per_second']:.0f}"
+            shown = {name: f"{value:.4g}" for name, value in logs.items() if name not in UNSHOWN}
+            if "samples_per_second" in logs:
+                shown["samples/s"] = f"{logs['samples_per_second']:.0f}"
             self.bar.set_postfix(shown)
         elif state.is_world_process_zero and any(name.startswith("eval_") for name in logs):
             scores = ", ".join(

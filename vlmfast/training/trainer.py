@@ -1,11 +1,13 @@
-"""transformers' Trainer and what contrastive pretraining adds: GradCache, order of the data, clamped temperature."""
+"""transformers' Trainer and what pretraining adds: GradCache, order of the data, what a model's methods ask for."""
 
 from __future__ import annotations
 
 import functools
-import json
+import math
 import os
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,35 +19,42 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from vlmfast.data import EpochSampler
-from vlmfast.training import grad_cache
+from vlmfast.distributed import rank_and_world_size
+from vlmfast.training import checkpoints, grad_cache
 from vlmfast.training.callbacks import ModelHooks, Progress, SetEpoch
+from vlmfast.training.divergence import StopOnDivergence, advice
 from vlmfast.training.signals import StopOnSignal
-from vlmfast.training.workers import end_workers, guard_workers
+from vlmfast.training.workers import end_workers, fate_of_workers, guard_workers
 
 
 @dataclass
 class PretrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments, with defaults of contrastive pretraining and the size of a GradCache chunk."""
+    """transformers' TrainingArguments and the size of a GradCache chunk; a model's `training_defaults` are its own."""
 
     cache_chunk: int | None = field(
         default=None,
         metadata={
-            "help": "Pairs per pass through the towers (GradCache): large batches in the memory of this many pairs."
+            "help": "Samples per pass through the model (GradCache): large batches in the memory of this many samples."
         },
     )
     resume: bool = field(
         default=False,
         metadata={"help": "Go on from the last checkpoint in output_dir; from the start if there is none."},
     )
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
-    weight_decay: float = field(default=0.2, metadata={"help": "Not applied to gains, biases and logit_scale."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of AdamW."})
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
+    resume_incomplete: bool = field(
+        default=False,
+        metadata={
+            "help": "With --resume, go on also from a checkpoint without optimizer, schedule or random state: what it"
+            " lacks starts anew, and the run is another than one that was never stopped."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave it False: a loss that is not finite stops the run."}
+    )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps; below 1, a share of all steps."}
     )
@@ -67,54 +76,141 @@ class PretrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.cache_chunk is not None and self.cache_chunk < 1:
             raise ValueError(f"cache_chunk must be at least 1; got {self.cache_chunk}")
-        if self.fsdp:
-            raise ValueError(
-                f"fsdp must be unset; got {self.fsdp!r}: FSDP takes no scalar parameters, and logit_scale is one. Large"
-                " batches fit with cache_chunk; a loop of your own can leave logit_scale out, as the page on large"
-                " batches shows"
-            )
 
 
 class PretrainingTrainer(Trainer):
-    """Trains any model whose forward returns an output with `loss`.
+    """Trains any model whose forward returns an output with `loss`, and does what its methods say, where it has them.
 
-    With `cache_chunk` the model must also offer `model(**batch, return_loss=False)`, an output of named features, and
-    `model.loss(**features)`. `model.shared_features`, where it exists, names features that do not depend on the batch;
-    0-dim ones need not be named. `model.after_optimizer_step()` is called after each optimizer step where it exists.
+    - `loss(**features)`, for `cache_chunk`: of the whole batch's features, which are what `model(**batch,
+      return_loss=False)` returns. `shared_features` names those that do not depend on the batch; 0-dim ones need not be
+      named.
+    - `parameter_groups(lr, weight_decay)`: groups of the optimizer, each with `params` and what of `lr` and
+      `weight_decay` is its own. Elsewhere parameters of two and more dimensions decay. Frozen ones are in no group.
+    - `after_optimizer_step()`: called after each.
+    - `metrics()`: name -> float, logged beside the loss.
 
     Args:
         evaluator: the model to named scores, for eval_strategy; logged as eval_<name>.
         Others as transformers.Trainer.
+    Raises:
+        ValueError: cache_chunk is set and the model has no such `loss`, or fsdp and it has a scalar parameter.
     """
 
     args: PretrainingArguments
+    optimizer: Any
 
     def __init__(
-        self, *args: Any, evaluator: Callable[[nn.Module], dict[str, float]] | None = None, **kwargs: Any
+        self,
+        model: Any = None,
+        args: Any = None,
+        *others: Any,
+        evaluator: Callable[[nn.Module], dict[str, float]] | None = None,
+        **kwargs: Any,
     ) -> None:
         # Trainer insists on an eval_dataset where there is an eval_strategy; the evaluator has its own.
         if evaluator is not None:
             kwargs.setdefault("eval_dataset", [])
-        super().__init__(*args, **kwargs)
+        _check(model, args)
+        super().__init__(model, args, *others, **kwargs)
         self.evaluator = evaluator
         self.sampler: EpochSampler | None = None
         self._last_log: tuple[int, float] | None = None
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
         self.stop = StopOnSignal()
-        for callback in (Progress(), SetEpoch(self), ModelHooks(), self.stop):
+        self.divergence = StopOnDivergence(scaled=getattr(self.accelerator, "scaler", None) is not None)
+        for callback in (Progress(), SetEpoch(self), ModelHooks(), self.stop, self.divergence):
             self.add_callback(callback)
+        self._resumed_from: str | None = None
+        clip = self.accelerator.clip_grad_norm_
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' train; whatever ends it, the data workers are gone afterwards."""
+        def clip_and_tell(*given: Any, **options: Any) -> Any:
+            norm = clip(*given, **options)
+            self.divergence.norm(norm)
+            return norm
+
+        self.accelerator.clip_grad_norm_ = clip_and_tell
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """transformers' train; whatever ends it, the data workers are gone afterwards.
+
+        A checkpoint of the run's last step is loaded, and nothing is trained.
+
+        Raises:
+            ChildProcessError: a data worker was killed or has crashed.
+            FloatingPointError: the loss, the gradients or the weights are not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(checkpoints.last_checkpoint(self.args.output_dir) or True)
+        self._resumed_from = resume_from_checkpoint or None
+        if self._resumed_from is not None and checkpoints.is_over(self._resumed_from, self.args):
+            self._load_from_checkpoint(self._resumed_from)
+            self.state = TrainerState.load_from_json(str(Path(self._resumed_from) / checkpoints.STATE))
+            return TrainOutput(self.state.global_step, math.nan, {})
         with self.stop:
             try:
-                return super().train(*args, **kwargs)
+                return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
+            except (OSError, EOFError, RuntimeError) as error:  # what reading from a dead worker may raise
+                fate = fate_of_workers(wait=1.0)
+                if fate is None:
+                    raise
+                raise ChildProcessError(fate) from error
             finally:
                 end_workers()
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.optimizer is None and hasattr(model, "parameter_groups"):
+            groups = model.parameter_groups(self.args.learning_rate, self.args.weight_decay)
+            _check_groups(model, groups)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **options)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        resumed = self._resumed_from is not None and self.state.global_step > 0
+        if resumed and not Path(str(self._resumed_from), "scheduler.pt").exists():  # it starts where the run goes on
+            scheduler.last_epoch = self.state.global_step - 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the optimizer's own steps were before
+                scheduler.step()
+        return scheduler
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' save_model.
+
+        Raises:
+            FloatingPointError: the weights are not finite.
+        """
+        if bad := checkpoints.not_finite(self.model):
+            raise FloatingPointError(
+                f"the run has diverged: after step {self.state.global_step} parameters hold NaN or infinity"
+                f" ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}), which are not saved;"
+                f" {advice(str(self.args.output_dir))}"
+            )
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None, *args: Any, **kwargs: Any) -> None:
+        """transformers' own; older checkpoints are removed once this one is on the disk with all that it holds."""
+        output_dir = Path(self._get_output_dir(trial))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.unseal(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        if rank_and_world_size()[1] > 1:
+            dist.barrier()  # every rank has saved its random state
+        if self.args.should_save:
+            checkpoints.seal(folder)
+            checkpoints.keep_newest(output_dir, limit, self.state.best_model_checkpoint)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but gains, biases and logit_scale, which have fewer than two dimensions (Radford et al. 2021, 2.5)."""
+        """All but gains, biases and scalars, which have fewer than two dimensions."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -130,7 +226,13 @@ class PretrainingTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.args.cache_chunk is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._cached_step(model, inputs, self.args.cache_chunk)
+        self.divergence.loss(loss)
+        return loss
+
+    def _cached_step(self, model: nn.Module, inputs: dict[str, Any], chunk_size: int) -> Tensor:
         model.train()
         unwrapped = self.accelerator.unwrap_model(model)
 
@@ -143,7 +245,7 @@ class PretrainingTrainer(Trainer):
             encode,
             lambda features: unwrapped.loss(**features) / self.current_gradient_accumulation_steps,
             self._prepare_inputs(inputs),
-            self.args.cache_chunk,
+            chunk_size,
             shared=getattr(unwrapped, "shared_features", ()),
             backward=self.accelerator.backward,
             no_sync=functools.partial(self.accelerator.no_sync, model=model),
@@ -164,34 +266,40 @@ class PretrainingTrainer(Trainer):
             now = time.perf_counter()
             if self._last_log is not None:
                 steps, since = self.state.global_step - self._last_log[0], self._last_log[1]
-                logs["pairs_per_second"] = steps * self.get_total_train_batch_size(self.args) / (now - since)
+                logs["samples_per_second"] = steps * self.get_total_train_batch_size(self.args) / (now - since)
             self._last_log = (self.state.global_step, now)
             model = self.accelerator.unwrap_model(self.model)
-            temperature, logit_scale = (getattr(model, name, None) for name in ("temperature", "logit_scale"))
-            if isinstance(temperature, Tensor):
-                logs["temperature"] = temperature.item()
-            elif isinstance(logit_scale, Tensor):
-                logs["temperature"] = (-logit_scale.detach().float()).exp().item()
+            if hasattr(model, "metrics"):
+                logs.update(model.metrics())
         super().log(logs, start_time)
 
 
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint-<step> folder in output_dir, or None.
+def _check(model: Any, args: Any) -> None:
+    name = type(model).__name__
+    if getattr(args, "cache_chunk", None) is not None and not callable(getattr(model, "loss", None)):
+        raise ValueError(
+            f"cache_chunk {args.cache_chunk}: {name} has no loss(**features), as its loss does not need the whole batch"
+            " at once; gradient_accumulation_steps gives a large batch in the memory of a small one"
+        )
+    scalars = [n for n, p in model.named_parameters() if p.dim() == 0] if isinstance(model, nn.Module) else []
+    if getattr(args, "fsdp", None) and scalars:
+        raise ValueError(
+            f"fsdp must be unset; got {args.fsdp!r}: FSDP takes no scalar parameters, and {scalars[0]} of {name} is"
+            " one. Large batches fit with cache_chunk; a loop of your own can leave it out, as the page on large"
+            " batches shows"
+        )
 
-    Trainer writes trainer_state.json last, so a folder in which it is missing or cut short is one that a killed run
-    left behind.
-    """
-    found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        step = folder.name.removeprefix("checkpoint-")
-        if step.isdigit() and _is_json(folder / "trainer_state.json"):
-            found.append((int(step), folder))
-    return max(found)[1] if found else None
 
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+def _check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Every parameter that is trained is in one group, and no other is in any."""
+    counts = Counter(id(parameter) for group in groups for parameter in group["params"])
+    wrong = [
+        f"{name} in {counts[id(parameter)]}"
+        for name, parameter in model.named_parameters()
+        if counts[id(parameter)] != int(parameter.requires_grad)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{type(model).__name__}.parameter_groups: expected parameters that are trained in one group each, frozen"
+            f" ones in none; got {', '.join(wrong[:3])}"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -87,6 +88,20 @@ def end_workers() -> None:
     finally:
         if main:
             signal.signal(signal.SIGCHLD, handler)
+
+
+def fate_of_workers(wait: float) -> str | None:
+    """What became of a worker that has not ended by itself, in words, or None; looks again until `wait` seconds."""
+    workers = [worker for worker in list(_started) if worker.pid is not None]
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=wait)
+    for worker in workers:
+        code = worker.exitcode
+        if code == -signal.SIGKILL:
+            return f"data worker {worker.pid} was killed, as when memory runs out; fewer --dataloader-num-workers help"
+        if code:
+            end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return f"data worker {worker.pid} ended with {end}"
+    return None
 
 
 def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:

@@ -22,6 +22,7 @@ from vlmfast.data import (
 )
 from vlmfast.models.contrastive.declip import DeCLIPConfig, DeCLIPModel
 from vlmfast.models.contrastive.lit import LiTConfig, LiTModel
+from vlmfast.models.two_towers import TRAINING
 from vlmfast.training import PretrainingArguments, PretrainingTrainer, last_checkpoint
 
 
@@ -31,7 +32,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(output_dir: Path, **options: object) -> PretrainingArguments:
-    options = {"per_device_train_batch_size": 8, "max_steps": 5, "logging_steps": 1, "save_strategy": "no", **options}
+    settings = {"per_device_train_batch_size": 8, "max_steps": 5, "logging_steps": 1, "save_strategy": "no"}
+    options = {**TRAINING, **settings, **options}
     return PretrainingArguments(
         output_dir=str(output_dir), report_to=[], use_cpu=True, disable_tqdm=True, dataloader_num_workers=0, **options
     )

@@ -11,6 +11,7 @@ from torch import nn
 
 from vlmfast.data import EDA, Collator, ImageTextDataset, TwoViewCollator, eval_transform, load_tokenizer, two_views
 from vlmfast.models import MODELS, model_class
+from vlmfast.models.two_towers import TRAINING
 from vlmfast.training import PretrainingArguments, PretrainingTrainer
 
 
@@ -22,9 +23,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(name: str, data: Path, output_dir: Path, **options: object) -> list[float]:
     """Of three steps, the first with the initial weights."""
     args = PretrainingArguments(
-        output_dir=str(output_dir), per_device_train_batch_size=8, max_steps=3, logging_steps=1, learning_rate=1e-3,
-        warmup_steps=0, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_num_workers=0,
-        **options,
+        output_dir=str(output_dir), per_device_train_batch_size=8, max_steps=3, logging_steps=1, save_strategy="no",
+        report_to=[], use_cpu=True, disable_tqdm=True, dataloader_num_workers=0,
+        **{**TRAINING, "learning_rate": 1e-3, "warmup_steps": 0, **options},
     )  # fmt: skip
     torch.manual_seed(0)
     tokenizer, cls = load_tokenizer(), model_class(name)
