@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import TINY, write_pairs
+from command_line import TINY, tiny, write_pairs
 from scenarios import Line
 from scenarios import make_trainer as toy_trainer
 from torch import nn
@@ -141,7 +141,7 @@ def test_logs_carry_temperature_and_rate(data: Path, tmp_path: Path) -> None:
 
 def test_logs_carry_align_s_temperature_which_has_no_logarithm(data: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer()
-    sizes = {**TINY, "vision_layers": 3}
+    sizes = tiny("align", vision_layers=3)
     config = ALIGNConfig.small(vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0, **sizes)
     trainer = make_trainer(data, tmp_path, max_steps=2)
     trainer = PretrainingTrainer(
