@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vlmfast.data import EpochSampler, ImageTextDataset, Sample, eval_transform, train_transform
+from vlmfast.data import dataset as dataset_module
 
 
 @pytest.fixture
@@ -248,3 +249,19 @@ def test_the_fingerprint_is_of_names_sizes_and_contents(write_tar, png, tmp_path
     assert fingerprint(moved) == same
     (tmp_path / "elsewhere" / "s2.tar").rename(tmp_path / "elsewhere" / "t2.tar")
     assert fingerprint([*moved[:2], tmp_path / "elsewhere" / "t2.tar"]) != same
+
+
+def test_the_fingerprint_reads_a_sample_of_every_shard_however_few_it_reads(write_tar, png, monkeypatch):
+    monkeypatch.setattr(dataset_module, "SAMPLED", 2)
+    members = [{f"{n}.png": png(0), f"{n}.txt": b"x", f"z{n}.png": png(0), f"z{n}.txt": b"x"} for n in range(6)]
+    paths = [write_tar(f"s{n}.tar", shard) for n, shard in enumerate(members)]
+    dataset = ImageTextDataset(paths, transform=eval_transform(8))
+    read = []
+    image = dataset._pairs.image
+    dataset._pairs.image = lambda index: (read.append(index), image(index))[1]
+    same = dataset.fingerprint()
+    assert read == [0, 2, 4, 6, 8, 10]
+    for n in range(6):
+        write_tar(f"s{n}.tar", {**members[n], f"{n}.txt": b"y"})  # of the same size
+        assert ImageTextDataset(paths, transform=eval_transform(8)).fingerprint() != same
+        write_tar(f"s{n}.tar", members[n])

@@ -1,3 +1,4 @@
+import errno
 import gc
 import gzip
 import io
@@ -345,3 +346,26 @@ def test_links_in_a_tar_are_no_images_and_what_they_leave_is_counted(tmp_path, p
                 tar.addfile(link)
     dataset = open_dataset(tmp_path / "a.tar")
     assert (len(dataset), dataset.skipped()) == (1, {"missing image": 2})
+
+
+@pytest.mark.parametrize(("bad", "reason"), [("1.png", "unreadable image"), ("1.txt", "missing caption")])
+def test_what_the_disk_does_not_give_of_a_shard_is_counted(whole, monkeypatch, bad, reason):
+    with tarfile.open(whole) as tar:
+        start = tar.getmember(bad).offset_data
+    dataset = open_dataset(whole)
+
+    def broken(descriptor, size, offset, pread=os.pread):
+        if offset == start:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", broken)
+    assert [dataset[n] is None for n in range(3)] == [False, True, False]
+    assert dataset.skipped() == {reason: 1}
+
+
+def test_a_shard_that_vanishes_before_it_is_read_is_named(whole):
+    dataset = open_dataset(whole)
+    whole.unlink()
+    with pytest.raises(FileNotFoundError, match=r"whole\.tar"):
+        dataset[0]

@@ -1,5 +1,6 @@
 """Samples in webdataset tar shards: indexed once by their headers, read by offset."""
 
+import errno
 import os
 import re
 from collections import Counter, OrderedDict
@@ -185,13 +186,19 @@ class _OpenFiles:
         self.paths = [os.path.abspath(path) for path in paths]
         self._open: OrderedDict[int, FileIO] = OrderedDict()
 
-    def read(self, number: int, offset: int, size: int) -> bytes:
+    def read(self, number: int, offset: int, size: int) -> bytes | None:
+        """The bytes, None where the disk does not give them."""
         if number not in self._open:
             if len(self._open) == MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
             self._open[number] = FileIO(self.paths[number])
         self._open.move_to_end(number)
-        data = os.pread(self._open[number].fileno(), size, offset)
+        try:
+            data = os.pread(self._open[number].fileno(), size, offset)
+        except OSError as error:
+            if error.errno == errno.EIO:
+                return None
+            raise
         if len(data) != size:
             raise OSError(f"{self.paths[number]} became shorter after it was indexed")
         return data

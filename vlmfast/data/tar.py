@@ -109,7 +109,7 @@ def _members(path: str, descriptor: int, length: int) -> Iterator[Member]:
             size = 0
         if start + size > length:
             raise _DamagedError
-        if kind in b"0\x007" and not name.endswith(b"/"):
+        if kind in b"07" or (kind == b"\0" and not name.endswith(b"/")):
             yield Member(name.decode("utf-8", "surrogateescape"), start, size)
         offset = start + _padded(size)
     if not ended:
