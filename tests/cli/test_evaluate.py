@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 from command_line import write_pairs
+from helpers.toys import COLOURS, joint_model, word_tokenizer, write_records
 
+from vlmfast.cli.arguments import UsageError
 from vlmfast.cli.evaluate import run
 from vlmfast.data import load_tokenizer
+from vlmfast.tasks.vqa import VQA
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +59,28 @@ def test_bad_arguments(checkpoint: str, data: str, capsys: pytest.CaptureFixture
         run(["--checkpoint", checkpoint, "--data", data, "--task=sorting"])
     with pytest.raises(ValueError, match="--image-size 32 has no effect"):
         run(["--checkpoint", checkpoint, "--data", data, "--device=cpu", "--image-size=32"])
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(UsageError, match="unrecognized arguments: --fast"):
         run(["--checkpoint", checkpoint, "--data", data, "--fast"])
-    assert exit.value.code == 2
-    with pytest.raises(SystemExit):
-        run(["--help"])
-    assert "--checkpoint" in capsys.readouterr().out
+    assert run(["--help"]) == 0
+    assert "--beams" not in capsys.readouterr().out
+    assert run(["--help", "--task=captioning"]) == 0
+    assert "--beams" in capsys.readouterr().out
+
+
+def test_a_fine_tuned_checkpoint_names_its_task_and_its_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [(colour, {"question": "what colour is this ?", "answers": [colour]}) for colour in COLOURS]
+    data = write_records(tmp_path / "data.tar", *asked)
+    made = VQA().trainable(joint_model(True), data, word_tokenizer(), None)
+    made.model.save_pretrained(tmp_path / "run")
+    word_tokenizer().save_pretrained(tmp_path / "run")
+    scores = tmp_path / "scores.json"
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--data", data, "--device=cpu", "--num-workers=0"]
+    assert run([*arguments, "--image-size=8", f"--output={scores}"]) == 0
+    assert "vqa" in capsys.readouterr().out
+    record = json.loads(scores.read_text())
+    assert record["form"] == "head"
+    assert record["scores"]["majority"] == {"accuracy": 1 / 6}
+    with pytest.raises(ValueError, match="--image-size is needed"):
+        run(arguments)

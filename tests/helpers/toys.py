@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vlmfast.data import Collator, eval_transform
+from vlmfast.models.contract import ImageTextOptions, JointFeatures, Pretrainable
 
 COLOURS = {
     "red": (255, 30, 0),
@@ -93,3 +94,40 @@ def ids(*texts: str) -> torch.Tensor:
     """Token ids (B, L), padded on the right."""
     rows = [torch.tensor([WORDS.index(word) for word in text.split()], dtype=torch.int64) for text in texts]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+class JointlyConfig(PreTrainedConfig):
+    """Whether the model has eyes."""
+
+    model_type = "jointly"
+
+    def __init__(self, eyes: bool = True, **kwargs: Any) -> None:
+        self.eyes = eyes
+        super().__init__(**kwargs)
+
+
+class Jointly(Pretrainable, PreTrainedModel):
+    """Pools the colour that it sees together with the words of the text, each as an embedding."""
+
+    Options = ImageTextOptions
+    config_class = JointlyConfig
+    max_text_length = 32
+
+    def __init__(self, config: JointlyConfig) -> None:
+        super().__init__(config)
+        self.table = nn.Embedding(len(COLOURS) + len(WORDS), 16)
+        self.post_init()
+
+    transform, collator = Toy.transform, Toy.collator
+
+    def joint_features(self, pixel_values: Any, input_ids: Any, attention_mask: Any) -> JointFeatures:
+        palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+        seen = torch.cdist(pixel_values.float().mean(dim=(1, 2)), palette).argmin(dim=1)
+        image = self.table(seen if self.config.eyes else torch.zeros_like(seen))[:, None]
+        text = self.table(len(COLOURS) + input_ids) * attention_mask[..., None]
+        pooled = torch.cat([image[:, 0], text.sum(dim=1)], dim=1)
+        return JointFeatures(pooled, text, image, attention_mask)
+
+
+def joint_model(eyes: bool) -> Jointly:
+    return Jointly(JointlyConfig(eyes=eyes)).eval()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmfast.cli.arguments import parse
 from vlmfast.models import model_class, model_type
 from vlmfast.tasks import TASKS, default_task, task_class
 
@@ -47,7 +48,6 @@ class EvalArguments:
 def run(arguments: Sequence[str]) -> int:
     """Scores as a table, as JSON with --output and as a picture with --report."""
     import torch
-    from transformers import HfArgumentParser
     from transformers.utils import logging
 
     from vlmfast.models.checkpoints import find_tokenizer, load
@@ -57,23 +57,23 @@ def run(arguments: Sequence[str]) -> int:
     for name in ("--task", "--model", "--checkpoint"):
         early.add_argument(name)
     known, _ = early.parse_known_args(arguments)
-    cls: Any = model_class(known.model or model_type(known.checkpoint)) if known.checkpoint else None
-    task_name = known.task or (default_task(cls) if cls else next(iter(TASKS)))
+    cls, own_task = _class(known.model, known.checkpoint) if known.checkpoint else (None, next(iter(TASKS)))
+    task_name = known.task or own_task or default_task(cls)
     task = task_class(task_name)
-    description = f"Scores of a checkpoint on the task {task_name}."
-    parser = HfArgumentParser((EvalArguments, task.Options), prog="vlmfast eval", description=description)
-    chosen = vars(parser.parse_args(list(arguments)))
-    args, task_options = (
-        kind(**{f.name: chosen[f.name] for f in dataclasses.fields(kind) if f.init})
-        for kind in (EvalArguments, task.Options)
-    )
+    groups: dict[str, Any] = {"the run": (EvalArguments, {})}
+    if dataclasses.fields(task.Options):
+        groups[f"task {task_name}"] = (task.Options, {})
+    parsed = parse("vlmfast eval", groups, arguments)
+    if parsed is None:
+        return 0
+    args, *chosen = parsed
 
     for path in (args.output, args.report):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
     model = load(cls, args.checkpoint)
-    scores = task(task_options).evaluate(
+    scores = task(*chosen).evaluate(
         model,
         args.data,
         find_tokenizer(args.tokenizer or args.checkpoint),
@@ -93,8 +93,24 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _class(name: str | None, checkpoint: str) -> tuple[Any, str | None]:
+    """The class of a checkpoint, and the task that it was fine-tuned for, None where it was for none."""
+    from vlmfast.models.checkpoints import find, read_config
+    from vlmfast.tasks.heads import TaskConfig, TaskModel
+
+    named = model_class(name) if name else None
+    found = read_config(find(checkpoint))
+    if found.get("model_type") == TaskConfig.model_type:
+        return TaskModel, found.get("task")
+    return named or model_class(model_type(checkpoint)), None
+
+
 def _model_options(model: Any, args: EvalArguments) -> Options:
     """The model's own options, as they are for evaluation."""
+    from vlmfast.tasks.heads import TaskModel
+
+    if isinstance(model, TaskModel):
+        model = model.model
     options: Options = model.Options(pretrained=args.checkpoint)
     names = {f.name for f in dataclasses.fields(options)}
     given = {name: getattr(args, name) for name in ("image_size", "max_length") if getattr(args, name) is not None}

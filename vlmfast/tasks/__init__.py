@@ -15,6 +15,7 @@ TASKS = {
     "retrieval": "vlmfast.tasks.retrieval:Retrieval",
     "zero_shot": "vlmfast.tasks.zero_shot:ZeroShotClassification",
     "captioning": "vlmfast.tasks.captioning:Captioning",
+    "vqa": "vlmfast.tasks.vqa:VQA",
 }
 """By name: "module:Class"."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -81,6 +81,8 @@ class Task:
         if self.methods and all(missing):
             wanted = " or ".join(" and ".join(methods) for methods in self.methods)
             lacks = f"{type(model).__name__} lacks {', '.join(missing[0])}"
+            if ("logits",) in self.methods:
+                lacks += f"; `vlmfast train MODEL --task {self.name}` makes a model with logits, a head"
             raise TypeError(f"task {self.name}: expected a model with {wanted}; {lacks}")
 
     def evaluate(
@@ -125,3 +127,28 @@ class Task:
     def score(self, run: Run) -> Scores:
         """What a task defines; `evaluate` has checked the model."""
         raise NotImplementedError(f"{type(self).__name__}.score")
+
+    def trainable(self, model: Any, source: Any, tokenizer: Any, model_options: Any, *, seed: int = 0) -> Trainable:
+        """What `vlmfast train MODEL --task` trains.
+
+        Args:
+            model, source, tokenizer, model_options: as of `evaluate`.
+            seed: of the augmentation.
+        Raises:
+            TypeError: the task is not trained, or the model lacks a method.
+        """
+        raise TypeError(f"task {self.name}: there is nothing to train")
+
+
+class Trainable(NamedTuple):
+    """What a training run of a task needs.
+
+    Attributes:
+        model: its forward takes a batch as keyword arguments and returns an output with `loss`.
+        dataset: read by (epoch, index) or by index; `skipped()` counts what was left out.
+        collator: samples to a batch.
+    """
+
+    model: Any
+    dataset: Any
+    collator: Collate
