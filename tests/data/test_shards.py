@@ -369,3 +369,12 @@ def test_a_shard_that_vanishes_before_it_is_read_is_named(whole):
     whole.unlink()
     with pytest.raises(FileNotFoundError, match=r"whole\.tar"):
         dataset[0]
+
+
+def test_a_disk_that_does_not_give_a_header_is_named(whole, monkeypatch):
+    def broken(descriptor, size, offset):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(OSError, match=r"source: cannot read .*whole\.tar \(Input/output error\)"):
+        open_dataset(whole)

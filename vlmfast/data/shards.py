@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmfast.data.records import IMAGE_EXTENSIONS, PackedStrings, Text, open_source_file, parse_text
+from vlmfast.data.records import IMAGE_EXTENSIONS, PackedStrings, Text, open_source_file, parse_text, unreadable
 from vlmfast.data.tar import Member, scan
 
 # webdataset's convention: the key ends at the first dot of the base name; names of the form __x__ are metadata.
@@ -51,7 +51,10 @@ class ShardPairs:
     def _index(self, shard: int, path: str) -> list[tuple[Any, ...]]:
         """The fields of PAIR for each sample of one shard, whose keys it appends."""
         with open_source_file(path) as file:
-            members, truncated = scan(path, file.fileno())
+            try:
+                members, truncated = scan(path, file.fileno())
+            except OSError as error:  # of a descriptor: it names no file
+                raise unreadable(OSError(error.errno, error.strerror, path)) from error
         self.faults["truncated shard"] += truncated
         pairs: list[tuple[Any, ...]] = []
         seen: set[str] = set()
