@@ -392,13 +392,19 @@ def test_a_cache_is_opened_for_the_images_that_it_is_of(path, tmp_path, members,
     (tmp_path / "c" / "000002.npy").unlink()
     with pytest.raises(ValueError, match=r"c lacks .*000002\.npy: the cache is not complete"):
         open_features(tmp_path / "c", dataset)
-    block = tmp_path / "c" / "000001.npy"
-    block.write_bytes(cut(block.read_bytes()))
-    with pytest.raises(ValueError, match=r".*000001\.npy is damaged \(.+\)$"):
-        open_features(tmp_path / "c", dataset)
     with pytest.raises(ValueError, match=r"is no feature cache: it holds no identity\.json"):
         open_features(tmp_path, dataset)
     assert not (tmp_path / "identity.json").exists()
+
+
+def test_each_process_checks_its_share_of_the_files(path, tmp_path):
+    cache_features(tmp_path / "c", open_dataset(path), Regions(), "m")
+    block = tmp_path / "c" / "000001.npy"
+    block.write_bytes(DAMAGE["one bit"](block.read_bytes()))
+    dataset = open_dataset(path)
+    assert open_features(tmp_path / "c", dataset, rank=0, world_size=2)[0] is not None
+    with pytest.raises(ValueError, match=r"000001\.npy is damaged \(its checksum is wrong\)$"):
+        open_features(tmp_path / "c", dataset, rank=1, world_size=2)
 
 
 def test_a_long_row_does_not_cost_the_others_memory(tmp_path):

@@ -132,9 +132,15 @@ class FeatureCache(Sequence[Item]):
             )
 
 
-def open_features(folder: str | os.PathLike[str], dataset: ImageTextDataset) -> FeatureCache:
+def open_features(
+    folder: str | os.PathLike[str], dataset: ImageTextDataset, *, rank: int = 0, world_size: int = 1
+) -> FeatureCache:
     """The complete cache in a folder, whatever model and transform made it, if it is of this dataset's images.
 
+    Args:
+        folder: of the cache.
+        dataset: whose samples the features belong to.
+        rank, world_size: this process and how many there are; each reads its share of the files for their checksums.
     Raises:
         ValueError: the folder is no cache, is of other images, or is not complete.
     """
@@ -146,8 +152,11 @@ def open_features(folder: str | os.PathLike[str], dataset: ImageTextDataset) -> 
     for name in ("pairs", "rows per file"):
         identity.pop(name, None)
     cache = FeatureCache(folder, identity, len(dataset))
-    for block, damage in cache._faults().items():
-        raise ValueError(damage or f"{folder} lacks {cache._path(block)}: the cache is not complete")
+    for block in range(-(-len(cache) // cache.block_rows)):
+        if not cache._path(block).exists():
+            raise ValueError(f"{folder} lacks {cache._path(block)}: the cache is not complete")
+    for damage in cache._faults(rank, world_size).values():
+        raise ValueError(damage)
     return cache
 
 
