@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toys import COLOURS, WORDS, Jointly, Toy, ids, joint_model, word_tokenizer, write_records
+from helpers.toys import COLOURS, WORDS, Jointly, Toy, fit, ids, joint_model, word_tokenizer, write_records
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from vlmfast.data import Collator, EpochSampler
+from vlmfast.data import Collator
 from vlmfast.tasks import task_class
 from vlmfast.tasks.heads import TaskConfig, TaskModel
 from vlmfast.tasks.vqa import VQA, VQAOptions
@@ -120,21 +119,6 @@ def test_examples_in_the_prompt(source: str, tmp_path: Path) -> None:
         VQAOptions(prompt="answer:")
 
 
-def train(made: Any, steps: int = 60) -> None:
-    loader = DataLoader(
-        made.dataset, len(made.dataset), sampler=EpochSampler(len(made.dataset)), collate_fn=made.collator
-    )
-    optimizer = torch.optim.Adam(made.model.parameters(), 0.02)
-    made.model.train()
-    for _ in range(steps):
-        for batch in loader:
-            loss = made.model(**batch).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    made.model.eval()
-
-
 def test_a_head_learns_to_choose_is_saved_and_loaded(source: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     task = VQA(VQAOptions())
@@ -145,7 +129,7 @@ def test_a_head_learns_to_choose_is_saved_and_loaded(source: str, tmp_path: Path
         made = task.trainable(model, source, word_tokenizer(), None)
         assert torch.equal(model.state_dict()["table.weight"], before)  # a new head leaves the model as it was
         assert made.model.config.outputs == ["no", "blue", "red", "yes", "cyan", "green", "orange", "yellow"]
-        train(made)
+        fit(made)
         rows[eyes] = task.evaluate(made.model, source, word_tokenizer(), None, batch_size=5).rows
         if eyes:
             made.model.save_pretrained(tmp_path / "run")

@@ -16,6 +16,8 @@ TASKS = {
     "zero_shot": "vlmfast.tasks.zero_shot:ZeroShotClassification",
     "captioning": "vlmfast.tasks.captioning:Captioning",
     "vqa": "vlmfast.tasks.vqa:VQA",
+    "hateful": "vlmfast.tasks.hateful:Hateful",
+    "reasoning": "vlmfast.tasks.reasoning:Reasoning",
 }
 """By name: "module:Class"."""
 
