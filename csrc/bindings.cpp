@@ -1,11 +1,11 @@
 #include <ATen/Parallel.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <mutex>
 #include <set>
 #include <thread>
 
 #include "ops.h"
+#include "python_types.h"
 #ifdef VLMFAST_CUDA_ARCHS
 #include "cuda/bindings.h"
 #endif
@@ -46,13 +46,16 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  // Another number whenever a function's arguments or results change: vlmfast/ops/_dispatch.py takes its own alone.
+  m.attr("INTERFACE") = 2;
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("build_info", &build_info, "Instruction set in use, and what the extension was built with.");
   m.def("tile_product_gflops", &vlmfast::tile_product_gflops, "For benchmarks: see csrc/ops.h.", release());
+  m.def("release_memory", &vlmfast::release_memory, "Frees what is held from call to call; how many bytes.", release());
   m.def("force_schedule", &vlmfast::force_schedule, "For tests: see csrc/ops.h.");
   m.def("info_nce_forward", &vlmfast::info_nce_forward, release());
+  m.def("info_nce_tile_forward", &vlmfast::info_nce_tile_forward, release());
   m.def("info_nce_normalise", &vlmfast::info_nce_normalise, release());
-  m.def("info_nce_loss", &vlmfast::info_nce_loss, release());
   m.def("info_nce_backward", &vlmfast::info_nce_backward, release());
   m.def("patch_embed_forward", &vlmfast::patch_embed_forward, release());
   m.def("patch_embed_backward", &vlmfast::patch_embed_backward, release());

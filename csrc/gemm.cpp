@@ -3,31 +3,14 @@
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <chrono>
-
-#if __has_include(<sys/mman.h>)
-#include <sys/mman.h>
-#endif
 
 namespace vlmfast {
 
-std::string cpu_isa() {
-#if defined(__x86_64__)
-  const std::string capability = at::get_cpu_capability();
-  if (capability.rfind("AVX512", 0) == 0) return "avx512";
-  if (capability == "AVX2") return "avx2";
-#endif
-  return "baseline";
-}
-
 namespace {
-
-std::string forced_schedule;
 
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
 // Whether oneDNN multiplies bfloat16, in the layout that is relied on here: one product of integers proves it.
@@ -46,11 +29,7 @@ bool has_brgemm() {
   return available && at::globalContext().userEnabledMkldnn();
 }
 
-// AMX is oneDNN's: it sets up what AMX needs of the system and of each thread.
-bool uses_brgemm() {
-  static const bool amx = cpu_isa() == "avx512" && __builtin_cpu_supports("amx-bf16");
-  return (amx || forced_schedule == "brgemm") && has_brgemm();
-}
+bool uses_brgemm() { return wants_brgemm() && has_brgemm(); }
 
 void brgemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb, float* c,
             int64_t ldc, bool accumulate) {
@@ -63,15 +42,6 @@ bool uses_brgemm() { return false; }
 void brgemm(int64_t, int64_t, int64_t, const at::BFloat16*, int64_t, const at::BFloat16*, int64_t, float*, int64_t, bool) {}
 void release_brgemm() {}
 #endif
-
-bool has_vnni() {
-#if defined(__x86_64__)
-  static const bool available = cpu_isa() == "avx512" && __builtin_cpu_supports("avx512vnni");
-  return available;
-#else
-  return false;
-#endif
-}
 
 // The products of pairs of this processor.
 const cpu::ProductKernels& pair_products() {
@@ -96,59 +66,8 @@ const float* as_pairs(const T* data) {
 
 }  // namespace
 
-bool wants_bf16_schedule() { return forced_schedule.empty() ? has_bf16_products() : forced_schedule != "int16"; }
-
-bool wants_int16_schedule() {
-  return forced_schedule.empty() ? has_vnni() || cpu_isa() == "avx2" : forced_schedule == "int16";
-}
-
-bool has_bf16_products() {
-#if defined(__x86_64__)
-  static const bool available = cpu_isa() == "avx512" && __builtin_cpu_supports("avx512bf16");
-  return available;
-#else
-  return false;
-#endif
-}
-
-void force_schedule(const std::string& name) { forced_schedule = name; }
-
 void release_thread() {
   if (uses_brgemm()) release_brgemm();
-}
-
-namespace {
-
-// Asks the system for large pages under a tensor that is about to be written for the first time. Only for what is held and
-// written again: where a virtual machine has to get the memory first, large pages cost more than small ones, once.
-void advise_huge_pages([[maybe_unused]] const at::Tensor& fresh) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 1 << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + fresh.nbytes()) / page * page;
-  // Advice: where the system does not take it, small pages serve.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-}  // namespace
-
-at::Tensor HeldBuffers::take(at::IntArrayRef sizes, at::ScalarType dtype, bool large_pages) {
-  constexpr size_t most = size_t(1) << 30;  // a larger one is not held between calls
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const size_t bytes = size_t(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
-  for (const auto& storage : held_)
-    if (storage && storage.use_count() == 1 && storage.nbytes() == bytes)
-      return at::empty({0}, dtype).set_(storage, 0, sizes);
-  auto& place = held_[oldest_];
-  place = c10::Storage();
-  auto fresh = at::empty(sizes, dtype);
-  if (bytes <= most) {
-    if (large_pages) advise_huge_pages(fresh);
-    place = fresh.storage();
-    oldest_ = (oldest_ + 1) % held_.size();
-  }
-  return fresh;
 }
 
 void tile_gemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,

@@ -1,16 +1,13 @@
-// What every CPU schedule starts from: products of tiles that stay in cache, and the kernels of this processor.
+// Products of tiles that stay in cache, which every CPU schedule is made of.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <mutex>
-#include <string>
-#include <vector>
 
 #include "cpu/product.h"
 #include "cpu/tile.h"
-#include "ops.h"
+#include "processor.h"
 
 namespace vlmfast {
 
@@ -19,22 +16,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The most rows of a tile, and its columns: three operands of a product stay in a second-level cache of 1 MB.
 constexpr int64_t kRows = 192, kCols = 128;
 static_assert(kRows <= cpu::kMaxTile && kCols <= cpu::kMaxTile);
-
-// cpu::<isa>::name for the processor that this runs on.
-#if defined(__x86_64__)
-#define VLMFAST_KERNELS(name) choose_isa(cpu::baseline::name, cpu::avx2::name, cpu::avx512::name)
-#else
-#define VLMFAST_KERNELS(name) cpu::baseline::name
-#endif
-
-template <class Kernels>
-const Kernels& choose_isa(const Kernels& baseline, const Kernels& avx2, const Kernels& avx512) {
-  static const Kernels& chosen = [&]() -> const Kernels& {  // there is one set of each type
-    const std::string isa = cpu_isa();
-    return isa == "avx512" ? avx512 : isa == "avx2" ? avx2 : baseline;
-  }();
-  return chosen;
-}
 
 // `rows` cut into steps of at most kRows that are as equal as multiples of 6, the rows of a block of cpu/product.cpp, can be.
 inline int64_t equal_steps(int64_t rows) { return ceil_div(ceil_div(rows, ceil_div(rows, kRows)), 6) * 6; }
@@ -63,24 +44,6 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const int16_t* a, int64_t lda, c
                int64_t ldc, bool accumulate, const float* row_steps, const float* col_steps);
 void transposed_gemm(int64_t m, int64_t n, int64_t k, const int16_t* a, int64_t lda, const int16_t* b, int64_t ldb, float* c,
                      int64_t ldc, bool accumulate, const float* row_steps, const float* col_steps);
-
-// Whether bfloat16 operands are to be multiplied as such.
-bool wants_bf16_schedule();
-
-// Tensors that outlive the call. Fresh memory costs as much as a quarter of the whole op in page faults, so that of the last
-// `count` calls serves again once nobody else holds it: a training loop needs it in every step.
-class HeldBuffers {
- public:
-  explicit HeldBuffers(size_t count) : held_(count) {}
-
-  // large_pages: asks the system for them; fresh ones cost more than small ones do, so only for what seldom changes its size.
-  at::Tensor take(at::IntArrayRef sizes, at::ScalarType dtype, bool large_pages);
-
- private:
-  std::mutex mutex_;
-  std::vector<c10::Storage> held_;
-  size_t oldest_ = 0;
-};
 
 // Frees what tile products hold on the calling thread; once at the end of each parallel region.
 void release_thread();

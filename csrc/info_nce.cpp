@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "held_buffers.h"
 #include "ops.h"
 #include "tiles.h"
 
@@ -175,9 +176,66 @@ struct Gradient {
   }
 };
 
-// Of one side's stats (3, n): the sum of its losses and its shift, factor and target (3, n); `positives` null where each has one.
-std::pair<double, at::Tensor> normalised(const at::Tensor& stats_, const double* weights, const double* positives,
-                                         const at::Tensor& scale, bool exclude_positive) {
+// Of the losses of one side: their weights, and with groups the number of positives of each, else none.
+struct SideWeights {
+  std::vector<double> weight, positives;
+};
+
+// Weights relative to unit.
+struct Weights {
+  SideWeights rows, cols;
+  double unit;
+};
+
+Weights weights_of_labels(int64_t n, int64_t m, const std::optional<at::Tensor>& row_mask, int64_t label_offset,
+                          bool bidirectional) {
+  const auto mask = row_mask ? row_mask->contiguous() : at::Tensor();
+  const double share = bidirectional ? 0.5 : 1.0;
+  std::vector<double> rows(n, share), cols(bidirectional ? m : 0, 0.0);
+  for (int64_t i = 0; row_mask && i < n; ++i) rows[i] *= mask.const_data_ptr<bool>()[i];
+  if (bidirectional) std::copy(rows.begin(), rows.end(), cols.begin() + label_offset);
+  const auto having = std::count_if(rows.begin(), rows.end(), [](double weight) { return weight > 0.0; });
+  return {{rows, {}}, {cols, {}}, 1.0 / double(std::max<int64_t>(having, 1))};
+}
+
+// How many of `among` equal each code; none of a row's that is -1. Codes are less than their number of columns.
+std::vector<double> count_matches(const at::Tensor& codes_, const at::Tensor& among_, int64_t columns) {
+  const auto codes = codes_.contiguous(), among = among_.contiguous();
+  std::vector<double> counts(columns, 0.0), found(codes.numel(), 0.0);
+  for (int64_t j = 0; j < among.numel(); ++j)
+    if (const int32_t code = among.const_data_ptr<int32_t>()[j]; code >= 0) counts[code] += 1.0;
+  for (int64_t i = 0; i < codes.numel(); ++i)
+    if (const int32_t code = codes.const_data_ptr<int32_t>()[i]; code >= 0) found[i] = counts[code];
+  return found;
+}
+
+Weights grouped_weights(const at::Tensor& row_codes, const at::Tensor& col_codes, bool bidirectional) {
+  const int64_t columns = col_codes.numel();
+  Weights weights = {{{}, count_matches(row_codes, col_codes, columns)}, {{}, count_matches(col_codes, row_codes, columns)}, 0.0};
+  const auto having = [](const SideWeights& side) {
+    const auto count = std::count_if(side.positives.begin(), side.positives.end(), [](double count) { return count > 0.0; });
+    return double(std::max<int64_t>(count, 1));
+  };
+  const double rows = having(weights.rows), cols = having(weights.cols), share = bidirectional ? 0.5 : 1.0;
+  // Of the side with fewer losses, so that no weight is above 1, as on other backends.
+  const double fewer = bidirectional ? std::min(rows, cols) : rows;
+  for (const double count : weights.rows.positives) weights.rows.weight.push_back(count > 0.0 ? share * (fewer / rows) : 0.0);
+  for (const double count : weights.cols.positives) weights.cols.weight.push_back(count > 0.0 ? share * (fewer / cols) : 0.0);
+  weights.unit = 1.0 / fewer;
+  return weights;
+}
+
+// What is beyond float32 is infinity, where at::scalar_tensor would raise.
+at::Tensor float_scalar(double value) {
+  const auto out = at::empty({}, at::kFloat);
+  *out.mutable_data_ptr<float>() = float(value);
+  return out;
+}
+
+// Of one side's stats (3, n): the sum of its losses and its shift, factor and target (3, n).
+std::pair<double, at::Tensor> normalised(const at::Tensor& stats_, const SideWeights& side_weights, const at::Tensor& scale,
+                                         bool exclude_positive) {
+  const auto& [weights, positives] = side_weights;
   constexpr int64_t block = 256;  // entries whose losses are added at a time, by any number of threads the same
   const auto stats = stats_.contiguous();
   const int64_t n = stats.size(1);
@@ -190,7 +248,7 @@ std::pair<double, at::Tensor> normalised(const at::Tensor& stats_, const double*
     for (int64_t i = begin * block; i < std::min(n, end * block); ++i) {
       const double share = weights[i], z = total[i], log_total = std::log2(z) + shift[i], positive = dot[i] * scale2;
       double value, kept = share;  // kept: what the positive leaves to the others
-      if (positives) {
+      if (!positives.empty()) {
         const double each = std::max(positives[i], 1.0);
         value = (log_total - positive / each) / kLog2e;
         factor[i] = float(share / z);
@@ -212,7 +270,7 @@ std::pair<double, at::Tensor> normalised(const at::Tensor& stats_, const double*
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_tile_forward(
     const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale, const std::optional<at::Tensor>& row_codes,
     const std::optional<at::Tensor>& col_codes, int64_t label_offset, bool columns, bool keep) {
   const FeatureTiles tiles(image, text, true, false, false);
@@ -232,33 +290,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
     shift = kInfinity;
     sweep(tiles, positives, scale2, shift, true, columns, row, col, kept);
   }
-  return {row.stacked(), col.stacked(), at::scalar_tensor(shift, at::kFloat), kept};
+  return {row.stacked(), col.stacked(), float_scalar(shift), kept};
 }
 
-std::tuple<at::Tensor, at::Tensor> info_nce_normalise(const at::Tensor& stats, const at::Tensor& weight_,
+std::tuple<at::Tensor, at::Tensor> info_nce_normalise(const at::Tensor& stats, const at::Tensor& weight,
                                                       const std::optional<at::Tensor>& count, const at::Tensor& scale,
                                                       bool exclude_positive) {
-  const auto weight = weight_.contiguous(), counts = count ? count->to(at::kDouble).contiguous() : at::Tensor();
-  const auto [loss, side] = normalised(stats, weight.const_data_ptr<double>(),
-                                       count ? counts.const_data_ptr<double>() : nullptr, scale, exclude_positive);
+  const auto values = [](const at::Tensor& t) {
+    const auto numbers = t.to(at::kDouble).contiguous();
+    return std::vector<double>(numbers.const_data_ptr<double>(), numbers.const_data_ptr<double>() + numbers.numel());
+  };
+  const auto [loss, side] =
+      normalised(stats, {values(weight), count ? values(*count) : std::vector<double>()}, scale, exclude_positive);
   return {at::scalar_tensor(loss, at::kDouble), side};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_loss(
-    const at::Tensor& row_stats, const at::Tensor& col_stats, const std::optional<at::Tensor>& row_mask,
-    const at::Tensor& scale, int64_t texts, int64_t label_offset, bool exclude_positive) {
-  const int64_t n = row_stats.size(1), columns = col_stats.size(1);
-  const auto mask = row_mask ? row_mask->contiguous() : at::Tensor();
-  const double share = columns ? 0.5 : 1.0;
-  std::vector<double> row_weight(n, share), col_weight(columns, 0.0);
-  for (int64_t i = 0; row_mask && i < n; ++i) row_weight[i] *= mask.const_data_ptr<bool>()[i];
-  if (columns) std::copy(row_weight.begin(), row_weight.end(), col_weight.begin() + label_offset);
-  const auto having = std::count_if(row_weight.begin(), row_weight.end(), [](double weight) { return weight > 0.0; });
-  const double unit = 1.0 / double(std::max<int64_t>(having, 1));
-  const auto [row_loss, rows] = normalised(row_stats, row_weight.data(), nullptr, scale, exclude_positive);
-  const auto [col_loss, cols] = normalised(col_stats, col_weight.data(), nullptr, scale, exclude_positive);
-  return {at::scalar_tensor((row_loss + col_loss) * unit, at::kFloat), rows,
-          columns ? cols : at::zeros({3, texts}, at::kFloat), at::scalar_tensor(unit, at::kFloat)};
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
+    const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale, const std::optional<at::Tensor>& row_mask,
+    const std::optional<at::Tensor>& row_codes, const std::optional<at::Tensor>& col_codes, int64_t label_offset,
+    bool bidirectional, bool exclude_positive, bool keep) {
+  const auto [row_stats, col_stats, shift, kept] =
+      info_nce_tile_forward(image, text, scale, row_codes, col_codes, label_offset, bidirectional, keep);
+  const int64_t n = image.size(0), m = text.size(0);
+  const Weights weights = row_codes ? grouped_weights(*row_codes, *col_codes, bidirectional)
+                                    : weights_of_labels(n, m, row_mask, label_offset, bidirectional);
+  const auto [row_loss, rows] = normalised(row_stats, weights.rows, scale, exclude_positive);
+  if (!bidirectional)
+    return {float_scalar(row_loss * weights.unit), rows, at::zeros({3, m}, at::kFloat), shift, kept, float_scalar(weights.unit)};
+  const auto [col_loss, cols] = normalised(col_stats, weights.cols, scale, exclude_positive);
+  return {float_scalar((row_loss + col_loss) * weights.unit), rows, cols, shift, kept, float_scalar(weights.unit)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
@@ -304,10 +364,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
     tiles.add_gradients(tile, values, scratch, d_image_data, d_text_data);
   });
 
-  const float one = unit.item<float>(), factor = one * scale.item<float>();
+  const float one = unit.item<float>(), factor = one * float(scale.item<double>());
   const Gradient of_image(d_image, image, factor, image_grad, image_sum), of_text(d_text, text, factor, text_grad, !image_sum);
   return {of_image.value, of_text.value,
-          at::scalar_tensor(one * float(of_image.product + of_text.product), scale.options())};
+          float_scalar(one * float(of_image.product + of_text.product)).to(scale.scalar_type())};
 }
 
 }  // namespace vlmfast

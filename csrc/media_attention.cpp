@@ -72,9 +72,7 @@ struct Range {
 // The keys that each query row sees: media intervals become intervals of keys, lengths become biases of -inf.
 class Visibility {
  public:
-  Visibility(const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& media_lo,
-             const std::optional<at::Tensor>& media_hi, const std::optional<at::Tensor>& media_len,
-             const std::optional<at::Tensor>& key_bias, int64_t tokens_per_media, bool empty_all)
+  Visibility(const at::Tensor& q, const at::Tensor& k, const Media& given)
       : length_(q.size(2)),
         keys_(k.size(2)),
         query_tiles(ceil_div(length_, kQueries)),
@@ -82,6 +80,7 @@ class Visibility {
         first_(q.size(0) * length_),
         last_(first_.size()),
         all_bias_(q.size(0) * keys_) {
+    const auto& [media_lo, media_hi, media_len, key_bias, tokens_per_media, _, empty_all] = given;
     const int64_t batch = q.size(0), media = keys_ / tokens_per_media;
     const auto values = [](const std::optional<at::Tensor>& t) { return t ? t->const_data_ptr<int32_t>() : nullptr; };
     const int32_t *lo = values(media_lo), *hi = values(media_hi), *len = values(media_len);
@@ -211,11 +210,9 @@ at::Tensor row_products(const Heads& grad_out, const Heads& out, const at::Tenso
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> media_attention_forward(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& media_lo,
-    const std::optional<at::Tensor>& media_hi, const std::optional<at::Tensor>& media_len,
-    const std::optional<at::Tensor>& key_bias, int64_t tokens_per_media, double scale, bool empty_all) {
-  const Visibility visibility(q, k, media_lo, media_hi, media_len, key_bias, tokens_per_media, empty_all);
+std::tuple<at::Tensor, at::Tensor> media_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                           const Media& media) {
+  const Visibility visibility(q, k, media);
   const Heads queries(q), keys(k), values(v);
   const int64_t heads = q.size(1), group = heads / k.size(1), length = q.size(2), tiles = visibility.query_tiles;
   const int64_t dim = queries.dim, v_dim = values.dim, items = q.size(0) * heads * tiles;
@@ -245,7 +242,7 @@ std::tuple<at::Tensor, at::Tensor> media_attention_forward(
       else
         tile_gemm(height, width, dim, first_query, query.stride, columns(key, width, dim, scratch.k_columns), kKeys, tile,
                   kKeys, false);
-      kernels().softmax_step(tile, kKeys, height, width, visibility.visible(b, i0 + rows.begin, j), float(scale),
+      kernels().softmax_step(tile, kKeys, height, width, visibility.visible(b, i0 + rows.begin, j), float(media.scale),
                              scratch.top + rows.begin, scratch.sum + rows.begin, sums, v_dim, v_dim);
       if (few)
         for (int64_t i = 0; i < height; ++i)
@@ -262,10 +259,8 @@ std::tuple<at::Tensor, at::Tensor> media_attention_forward(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> media_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
-    const at::Tensor& lse, const std::optional<at::Tensor>& media_lo, const std::optional<at::Tensor>& media_hi,
-    const std::optional<at::Tensor>& media_len, const std::optional<at::Tensor>& key_bias, int64_t tokens_per_media,
-    double scale, bool empty_all, bool q_grad, bool kv_grad) {
-  const Visibility visibility(q, k, media_lo, media_hi, media_len, key_bias, tokens_per_media, empty_all);
+    const at::Tensor& lse, const Media& media, bool q_grad, bool kv_grad) {
+  const Visibility visibility(q, k, media);
   const Heads gradients(grad_out), queries(q), keys(k), values(v);
   const int64_t batch = q.size(0), heads = q.size(1), kv_heads = k.size(1), group = heads / kv_heads, length = q.size(2);
   const int64_t dim = queries.dim, v_dim = values.dim;
@@ -280,7 +275,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> media_attention_backward(
     tile_gemm(height, width, v_dim, grad.data, grad.stride, scratch.v_columns.data(), kKeys, scratch.d_tile.data(), kKeys,
               false);
     kernels().gradient(scratch.tile.data(), scratch.d_tile.data(), kKeys, height, width,
-                       visibility.visible(b, i0 + rows.begin, j), float(scale), lse.const_data_ptr<float>() + row,
+                       visibility.visible(b, i0 + rows.begin, j), float(media.scale), lse.const_data_ptr<float>() + row,
                        delta.const_data_ptr<float>() + row);
   };
 

@@ -13,8 +13,15 @@ namespace vlmfast {
 
 // What each function takes and returns is told in vlmfast/ops/<op>.py.
 
-// row_stats (3, n), col_stats (3, m) or (3, 0), shift (), kept (n, m) or (0, 0); float32.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
+// loss (), rows (3, n), cols (3, m), shift (), kept (n, m) or (0, 0), unit (); float32.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
+    const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale, const std::optional<at::Tensor>& row_mask,
+    const std::optional<at::Tensor>& row_codes, const std::optional<at::Tensor>& col_codes, int64_t label_offset,
+    bool bidirectional, bool exclude_positive, bool keep);
+
+// Its halves, between which processes add up what they have found. Of the tiles: row_stats (3, n), col_stats (3, m) or (3, 0),
+// shift () and kept; float32.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_tile_forward(
     const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale, const std::optional<at::Tensor>& row_codes,
     const std::optional<at::Tensor>& col_codes, int64_t label_offset, bool columns, bool keep);
 
@@ -22,13 +29,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
 std::tuple<at::Tensor, at::Tensor> info_nce_normalise(const at::Tensor& stats, const at::Tensor& weight,
                                                       const std::optional<at::Tensor>& count, const at::Tensor& scale,
                                                       bool exclude_positive);
-
-// Where each image has one positive, and a loss unless row_mask is False: the loss (), shift, factor and target of the rows
-// (3, n) and of the columns (3, texts), which col_stats (3, 0) leaves out of the loss, and what all weights are relative to ();
-// float32.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_loss(
-    const at::Tensor& row_stats, const at::Tensor& col_stats, const std::optional<at::Tensor>& row_mask,
-    const at::Tensor& scale, int64_t texts, int64_t label_offset, bool exclude_positive);
 
 // Gradients of image, text and scale; those of image and text are empty (0,) where not asked for.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(
@@ -52,18 +52,22 @@ std::tuple<at::Tensor, at::Tensor> gated_residual_backward(
     const at::Tensor& grad, const at::Tensor& hidden, const at::Tensor& gate, const std::optional<at::Tensor>& row_mask,
     bool tanh, bool hidden_grad, bool gate_grad);
 
+// What the rows see, as vlmfast.ops.media_attention.Media: lo and hi (B, Lq), len (B, T), key_bias (B, Lk).
+struct Media {
+  std::optional<at::Tensor> lo, hi, len, key_bias;
+  int64_t tokens_per_media;
+  double scale;
+  bool empty_all;
+};
+
 // out (B, H, Lq, dv) and lse (B, H, Lq).
-std::tuple<at::Tensor, at::Tensor> media_attention_forward(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& media_lo,
-    const std::optional<at::Tensor>& media_hi, const std::optional<at::Tensor>& media_len,
-    const std::optional<at::Tensor>& key_bias, int64_t tokens_per_media, double scale, bool empty_all);
+std::tuple<at::Tensor, at::Tensor> media_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                           const Media& media);
 
 // Gradients of q, k and v; (0,) where not asked for.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> media_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
-    const at::Tensor& lse, const std::optional<at::Tensor>& media_lo, const std::optional<at::Tensor>& media_hi,
-    const std::optional<at::Tensor>& media_len, const std::optional<at::Tensor>& key_bias, int64_t tokens_per_media,
-    double scale, bool empty_all, bool q_grad, bool kv_grad);
+    const at::Tensor& lse, const Media& media, bool q_grad, bool kv_grad);
 
 using FloatList = std::optional<std::vector<double>>;
 
@@ -91,6 +95,9 @@ bool wants_int16_schedule();
 
 // GFLOP/s of tile products on operands that stay in cache, on all threads: what the loops of the losses could reach at most.
 double tile_product_gflops(bool bf16);
+
+// Frees the memory that is held from call to call, and returns how many bytes.
+int64_t release_memory();
 
 // For tests, on any processor: "bfloat16" multiplies bfloat16 features as such, "brgemm" with oneDNN's products, as where there
 // is AMX; "int16" both 16-bit dtypes as int16; "" goes back to what this processor does.

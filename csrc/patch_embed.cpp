@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "held_buffers.h"
 #include "ops.h"
 #include "patch_rows.h"
 

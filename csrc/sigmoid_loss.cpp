@@ -17,7 +17,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
     const std::optional<at::Tensor>& row_codes, const std::optional<at::Tensor>& col_codes, int64_t label_offset,
     bool image_grad, bool text_grad) {
   const FeatureTiles tiles(image, text, true, image_grad, text_grad);
-  const auto s = scale.item<float>(), b = bias.item<float>();
+  const auto s = float(scale.item<double>()), b = float(bias.item<double>());
   const auto& kernels = VLMFAST_KERNELS(sigmoid_loss);
   // One rule for both kinds of positives: equal ids.
   std::vector<int32_t> row_ids(tiles.n), col_ids(tiles.m);
@@ -53,7 +53,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
     total.scale += part.scale;
     total.bias += part.bias;
   }
-  const auto scalar = [](double value) { return at::scalar_tensor(value, at::kFloat); };
+  const auto scalar = [](double value) {  // at::scalar_tensor raises for what is beyond float32
+    return at::scalar_tensor(value, at::kDouble).to(at::kFloat);
+  };
   return {scalar(total.loss), d_image.mul_(s), d_text.mul_(s), scalar(total.scale), scalar(total.bias)};
 }
 

@@ -6,11 +6,14 @@
 #include <tuple>
 #include <utility>
 
+#include "held_buffers.h"
+
 namespace vlmfast {
 
 namespace {
 
-// Features in other layouts, all of one size but for the last columns of a panel: 5 at a time where they are int16.
+// A tensor for features in another layout. A call makes at most five: panels and, for int16, the features of both sides, and
+// for their gradients the rows of both sides in pairs. They are of about one size, and all are held for the next call.
 at::Tensor layout(at::IntArrayRef sizes, at::ScalarType dtype) {
   static HeldBuffers held(5);
   return held.take(sizes, dtype, false);

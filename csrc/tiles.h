@@ -53,7 +53,8 @@ class FeatureTiles {
   at::Tensor panels_;                            // text as right-hand sides of `dot`
   at::Tensor image_row_pairs_, text_row_pairs_;  // 16 bits: right-hand sides of gradients
   at::Tensor image_steps_, text_steps_;          // int16: the step of each row
-  float image_limit_, text_limit_;               // int16: how long what is multiplied by rows of image or text may be, in steps
+  // int16: the longest vector, in its own steps, whose products with rows of image or text do not overflow 32 bits.
+  float image_limit_, text_limit_;
 };
 
 // (rows, dim), float32, for add_gradients. What is `returned` to a caller who holds it is often taken afresh, in small pages.

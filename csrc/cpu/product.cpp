@@ -26,9 +26,12 @@ constexpr bool kFetches = false;
 // Fewer rows than this do not pay for the copy.
 constexpr int64_t kLeastPacked = 4 * kBlockRows;
 
-// What a and b hold: `spread`, an entry in all lanes; multiply_add, sum + left * right; kChain, of how much of k a sum is made
-// before it is added to others; add, what is stored for a sum of row r and of the columns from j, `before` being there; at, the
-// same for a part of c that begins there.
+// The three kinds of operands below share one loop. Each says:
+// - Sum: the type of a register of sums; spread(entry): an entry of a in all lanes; multiply_add(left, right, sum): the sum of
+//   one more product;
+// - kChain: how many steps of k are added in one register before the register is added to the result so far;
+// - add(sum, before, r, j, lanes): the numbers to store in row r from column j, where `before` has been stored;
+// - at(i, j): the same object for the part of c whose first row is i and first column j.
 template <class Entries>
 struct FloatSums {
   using Sum = Vec;

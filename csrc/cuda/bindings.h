@@ -1,8 +1,7 @@
 // Python's names of the CUDA schedules, in vlmfast._C.cuda and in the module of the tests.
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
-
+#include "../python_types.h"
 #include "ops.h"
 
 namespace vlmfast::cuda {
@@ -15,7 +14,7 @@ inline void bind(pybind11::module_& m) {
   m.attr("DEVICE") = "cuda";
 #endif
   m.def("set_chunk", &set_chunk, "For tests: see csrc/cuda/ops.h.");
-  m.def("info_nce_forward", &info_nce_forward, release());
+  m.def("info_nce_tile_forward", &info_nce_tile_forward, release());
   m.def("info_nce_backward", &info_nce_backward, release());
   m.def("sigmoid_loss_forward", &sigmoid_loss_forward, release());
   m.def("patch_embed_forward", &patch_embed_forward, release());

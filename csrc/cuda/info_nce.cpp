@@ -28,7 +28,7 @@ at::Tensor no_stats(int64_t count, const at::TensorOptions& options) {
 void set_chunk(int64_t side) { chunk_for_tests = side; }
 int64_t chunk() { return chunk_for_tests ? chunk_for_tests : kChunk; }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_tile_forward(
     const at::Tensor& image, const at::Tensor& text, const at::Tensor& scale, const std::optional<at::Tensor>& row_codes,
     const std::optional<at::Tensor>& col_codes, int64_t label_offset, bool columns, bool keep) {
   const DeviceScope scope(image);

@@ -1,14 +1,12 @@
 // The schedule of media_attention on a GPU: intervals of keys for all rows, then one kernel each for out, the gradient of the
 // queries, and those of keys and values. Equations: vlmfast/ops/media_attention.py.
-#include "../../kernels/cuda/gated_cross_attention.h"
+#include "../../kernels/cuda/media_attention.h"
 
 #include "device.h"
 #include "ops.h"
 
 namespace vlmfast::cuda {
 namespace {
-
-using Optional = std::optional<at::Tensor>;
 
 // Kernels want the dims of a head contiguous, and whatever strides else.
 at::Tensor with_contiguous_dims(const at::Tensor& tensor) { return tensor.stride(3) == 1 ? tensor : tensor.contiguous(); }
@@ -23,15 +21,13 @@ at::Tensor side_by_side(const at::Tensor& like, int64_t dim) {
 }
 
 template <class T>
-const T* data_or_null(const Optional& tensor) {
+const T* data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
 // The inputs as kernels take them, and what keeps them in memory.
 struct Inputs {
-  Inputs(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_, const Optional& media_lo, const Optional& media_hi,
-         const Optional& media_len, const Optional& key_bias, int64_t tokens_per_media, double scale, bool empty_all,
-         cudaStream_t stream)
+  Inputs(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_, const Media& media, cudaStream_t stream)
       : q(with_contiguous_dims(q_)), k(with_contiguous_dims(k_)), v(with_contiguous_dims(v_)) {
     const int64_t batch = q.size(0), queries = q.size(2), hulls = ceil_div(queries, kHullRows);
     intervals = at::empty({2 * batch * (queries + hulls)}, q.options().dtype(at::kInt));
@@ -45,16 +41,16 @@ struct Inputs {
                  int(k.size(2)),
                  int(q.size(3)),
                  int(v.size(3)),
-                 int(tokens_per_media),
-                 float(scale),
-                 empty_all,
+                 int(media.tokens_per_media),
+                 float(media.scale),
+                 media.empty_all,
                  heads_of(q),
                  heads_of(k),
                  heads_of(v),
-                 data_or_null<int32_t>(media_len),
-                 data_or_null<float>(key_bias),
+                 data_or_null<int32_t>(media.len),
+                 data_or_null<float>(media.key_bias),
                  {first, last, hull_first, hull_last}};
-    attention_rows(attention, data_or_null<int32_t>(media_lo), data_or_null<int32_t>(media_hi), stream);
+    attention_rows(attention, data_or_null<int32_t>(media.lo), data_or_null<int32_t>(media.hi), stream);
   }
 
   at::Tensor q, k, v, intervals;
@@ -64,11 +60,9 @@ struct Inputs {
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> media_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                           const Optional& media_lo, const Optional& media_hi,
-                                                           const Optional& media_len, const Optional& key_bias,
-                                                           int64_t tokens_per_media, double scale, bool empty_all) {
+                                                           const Media& media) {
   const DeviceScope scope(q);
-  const Inputs inputs(q, k, v, media_lo, media_hi, media_len, key_bias, tokens_per_media, scale, empty_all, scope.stream);
+  const Inputs inputs(q, k, v, media, scope.stream);
   const auto out = side_by_side(q, v.size(3));
   const auto lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   attention_forward(inputs.attention, out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), scope.stream);
@@ -77,10 +71,9 @@ std::tuple<at::Tensor, at::Tensor> media_attention_forward(const at::Tensor& q, 
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> media_attention_backward(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
-    const at::Tensor& lse, const Optional& media_lo, const Optional& media_hi, const Optional& media_len,
-    const Optional& key_bias, int64_t tokens_per_media, double scale, bool empty_all, bool q_grad, bool kv_grad) {
+    const at::Tensor& lse, const Media& media, bool q_grad, bool kv_grad) {
   const DeviceScope scope(q);
-  const Inputs inputs(q, k, v, media_lo, media_hi, media_len, key_bias, tokens_per_media, scale, empty_all, scope.stream);
+  const Inputs inputs(q, k, v, media, scope.stream);
   const auto grad = with_contiguous_dims(grad_out), outputs = with_contiguous_dims(out);
   const auto delta = at::empty_like(lse);
   attention_delta(inputs.attention, heads_of(grad), heads_of(outputs), delta.mutable_data_ptr<float>(), scope.stream);

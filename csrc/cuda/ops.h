@@ -6,7 +6,7 @@
 
 namespace vlmfast::cuda {
 
-decltype(vlmfast::info_nce_forward) info_nce_forward;
+decltype(vlmfast::info_nce_tile_forward) info_nce_tile_forward;
 decltype(vlmfast::info_nce_backward) info_nce_backward;
 decltype(vlmfast::sigmoid_loss_forward) sigmoid_loss_forward;
 decltype(vlmfast::patch_embed_forward) patch_embed_forward;

@@ -1,4 +1,4 @@
-"""Triton kernels of media_attention and their launchers; the contract is in vlmfast/ops/media_attention.py.
+"""Triton kernels of media_attention and their launchers; contract and `media` are in vlmfast/ops/media_attention.py.
 
 What a row sees is an interval of keys, of which those beyond media_len are left out; rows_kernel makes it once, and
 for each tile of rows the hull of its rows' intervals. Forward and the queries' gradient visit the keys of their tile's
@@ -319,29 +319,18 @@ def key_grad_kernel(
     tl.store(value_grad + at_v, rounded(found_v, stored).to(stored), mask=there[:, None] & (e < V_DIM)[None, :])
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    media_lo: Tensor | None,
-    media_hi: Tensor | None,
-    media_len: Tensor | None,
-    key_bias: Tensor | None,
-    tokens_per_media: int,
-    scale: float,
-    empty_all: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, media: Any) -> tuple[Tensor, Tensor]:
     """out (B, H, Lq, dv), lse (B, H, Lq)."""
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, length, heads, v.shape[3])
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     config = _config(q, v, backward=False)
     with torch.cuda.device_of(q):
-        rows = _rows(q, k, media_lo, media_hi, media_len, tokens_per_media, empty_all, config.rows)
+        rows = _rows(q, k, media, config.rows)
         forward_kernel[(ceil_div(length, config.rows), batch * heads)](
-            q, k, v, out, lse, *rows, _or(media_len, rows[0]), _or(key_bias, lse),
-            *_sizes(q, k), tokens_per_media, scale, *q.stride(), *k.stride(), *v.stride(),
-            **_meaning(q, v, media_len, key_bias, empty_all), ROWS=config.rows, KEYS=config.keys,
+            q, k, v, out, lse, *rows, _or(media.len, rows[0]), _or(media.key_bias, lse),
+            *_sizes(q, k), media.tokens_per_media, media.scale, *q.stride(), *k.stride(), *v.stride(),
+            **_meaning(q, v, media), ROWS=config.rows, KEYS=config.keys,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out.transpose(1, 2), lse
@@ -354,13 +343,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    media_lo: Tensor | None,
-    media_hi: Tensor | None,
-    media_len: Tensor | None,
-    key_bias: Tensor | None,
-    tokens_per_media: int,
-    scale: float,
-    empty_all: bool,
+    media: Any,
     q_grad: bool,
     kv_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -372,15 +355,16 @@ def backward(
     dk = q.new_empty(batch, total, kv_heads, dim).transpose(1, 2) if kv_grad else empty
     dv = q.new_empty(batch, total, kv_heads, v_dim).transpose(1, 2) if kv_grad else empty
     delta = torch.empty_like(lse)
-    config, meaning = _config(q, v, backward=True), _meaning(q, v, media_len, key_bias, empty_all)
+    config, meaning = _config(q, v, backward=True), _meaning(q, v, media)
     tiles = ceil_div(length, config.rows)
     with torch.cuda.device_of(q):
-        rows = _rows(q, k, media_lo, media_hi, media_len, tokens_per_media, empty_all, config.rows)
+        rows = _rows(q, k, media, config.rows)
         delta_kernel[(tiles, batch * heads)](
             grad_out, out, delta, heads, length, *grad_out.stride(), *out.stride(),
             ROWS=config.rows, V_DIM=meaning["V_DIM"], V_WIDTH=meaning["V_WIDTH"], num_warps=config.num_warps,
         )  # fmt: skip
-        inputs = (*rows, _or(media_len, rows[0]), _or(key_bias, lse), *_sizes(q, k), tokens_per_media, scale)
+        inputs = (*rows, _or(media.len, rows[0]), _or(media.key_bias, lse), *_sizes(q, k))
+        inputs += (media.tokens_per_media, media.scale)
         strides = (*grad_out.stride(), *q.stride(), *k.stride(), *v.stride())
         options = {**meaning, "ROWS": config.rows, "KEYS": config.keys}
         options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -393,25 +377,16 @@ def backward(
     return dq, dk, dv
 
 
-def _rows(
-    q: Tensor,
-    k: Tensor,
-    media_lo: Tensor | None,
-    media_hi: Tensor | None,
-    media_len: Tensor | None,
-    tokens_per_media: int,
-    empty_all: bool,
-    tile: int,
-) -> tuple[Tensor, ...]:
+def _rows(q: Tensor, k: Tensor, media: Any, tile: int) -> tuple[Tensor, ...]:
     """first and last key of each row (B, Lq), and of each tile of rows (B, tiles); int32."""
     batch, length = q.shape[0], q.shape[2]
     first, last = (q.new_empty(batch, length, dtype=torch.int32) for _ in range(2))
     tiles = ceil_div(length, tile)
     tile_first, tile_last = (q.new_empty(batch, tiles, dtype=torch.int32) for _ in range(2))
     rows_kernel[(tiles, batch)](
-        _or(media_lo, first), _or(media_hi, first), _or(media_len, first), first, last, tile_first, tile_last,
-        length, k.shape[2] // tokens_per_media, tokens_per_media,
-        ROWS=tile, INTERVALS=media_lo is not None, LENGTHS=media_len is not None, EMPTY_ALL=empty_all,
+        _or(media.lo, first), _or(media.hi, first), _or(media.len, first), first, last, tile_first, tile_last,
+        length, k.shape[2] // media.tokens_per_media, media.tokens_per_media,
+        ROWS=tile, INTERVALS=media.lo is not None, LENGTHS=media.len is not None, EMPTY_ALL=media.empty_all,
     )  # fmt: skip
     return first, last, tile_first, tile_last
 
@@ -425,13 +400,11 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
     return q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
 
 
-def _meaning(
-    q: Tensor, v: Tensor, media_len: Tensor | None, key_bias: Tensor | None, empty_all: bool
-) -> dict[str, Any]:
+def _meaning(q: Tensor, v: Tensor, media: Any) -> dict[str, Any]:
     """The compile-time constants but the tile."""
     dims = {"DIM": q.shape[3], "V_DIM": v.shape[3]}
     widths = {name.replace("DIM", "WIDTH"): max(16, 1 << (dim - 1).bit_length()) for name, dim in dims.items()}
-    flags = {"LENGTHS": media_len is not None, "BIAS": key_bias is not None, "EMPTY_ALL": empty_all}
+    flags = {"LENGTHS": media.len is not None, "BIAS": media.key_bias is not None, "EMPTY_ALL": media.empty_all}
     return {**dims, **widths, **flags, "PRECISION": "tf32" if products(q) == "tf32" else "ieee"}
 
 

@@ -9,7 +9,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from watching import Watch
 
-from vlmfast.ops import gated_residual, sigmoid_loss
+from vlmfast import doctor
+from vlmfast.ops import _dispatch, gated_residual, sigmoid_loss
 
 FORWARD, BACKWARD = torch.ops.vlmfast.gated_residual_forward.default, torch.ops.vlmfast.gated_residual_backward.default
 
@@ -84,3 +85,18 @@ def test_autocast_does_not_reach_into_an_op(wanted: bool, monkeypatch: pytest.Mo
         assert torch.equal(sigmoid_loss(image, text, 10.0, -10.0), exact)
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
         assert (image @ text.T).dtype == torch.bfloat16  # autocast is back
+
+
+@pytest.mark.skipif(_dispatch.core is None, reason="needs the C++ extension")
+@pytest.mark.parametrize("op", list(doctor.implementations()))
+def test_a_forward_on_a_cpu_is_one_call_of_the_extension(op: str) -> None:
+    assert doctor.implementations()[op]["cpu"].forward is getattr(_dispatch.core, f"{op}_forward")
+
+
+@pytest.mark.skipif(_dispatch.core is None, reason="needs the C++ extension")
+def test_an_extension_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _dispatch._load_core() == (_dispatch.core, None)
+    monkeypatch.setattr(_dispatch.core, "INTERFACE", 0)
+    core, reason = _dispatch._load_core()
+    assert core is None
+    assert "built from other sources" in str(reason)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmfast.nn._features import of_one_dtype
 from vlmfast.nn._stem import reason_to_call
-from vlmfast.ops._pairs import DTYPES
+from vlmfast.ops._arguments import DTYPES
 
 KINDS = ("patch_embed", "cross_attention", "loss")
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vlmfast.nn._sizes import check_numbers
 from vlmfast.ops import _patches, patch_embed
-from vlmfast.ops._patches import DTYPES, LAYOUTS
+from vlmfast.ops._arguments import DTYPES
+from vlmfast.ops._patches import LAYOUTS
 
 AnyStem = TypeVar("AnyStem", bound="Stem")
 

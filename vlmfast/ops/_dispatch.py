@@ -12,6 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+INTERFACE = 2
+"""Of vlmfast._C, in csrc/bindings.cpp: what its functions take and return."""
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
 
 
@@ -21,6 +23,8 @@ def _load_core() -> tuple[Any, str | None]:
         core = import_module("vlmfast._C")
     except ImportError as error:
         return None, f"the C++ extension vlmfast._C was not built ({error}); see 'Install' in the README"
+    if getattr(core, "INTERFACE", None) != INTERFACE:
+        return None, "the C++ extension was built from other sources than this package's; install again"
     built_for = core.build_info()["torch"]
     if built_for != torch.__version__:
         return None, f"the C++ extension was built for torch {built_for}, this is {torch.__version__}; install again"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.ops import _pairs
-from vlmfast.ops._dispatch import Impl, core
+from vlmfast.ops._dispatch import Impl
 
 PANEL = 256  # kMostCols of csrc/tiles.h
 
@@ -130,30 +130,3 @@ def _weights(
         return cols.new_full((n,), share), cols, None, None, cols.new_full((), 1 / n)
     own.copy_(row_mask).mul_(1 - share)
     return share * row_mask.double(), cols, None, None, 1 / row_mask.sum(dtype=torch.float64).clamp(min=1)
-
-
-def cpu_forward(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    row_mask: Tensor | None,
-    row_codes: Tensor | None,
-    col_codes: Tensor | None,
-    label_offset: int,
-    bidirectional: bool,
-    exclude_positive: bool,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    options = (label_offset, bidirectional, exclude_positive, keep)
-    if row_codes is not None:
-        normalise = each_side(core.info_nce_normalise)
-        return _forward_by_halves(
-            core.info_nce_forward, normalise, image, text, scale, row_mask, row_codes, col_codes, *options
-        )
-    row_stats, col_stats, shift, kept = core.info_nce_forward(
-        image, text, scale, None, None, label_offset, bidirectional, keep
-    )
-    loss, rows, cols, unit = core.info_nce_loss(
-        row_stats, col_stats, row_mask, scale, text.shape[0], label_offset, exclude_positive
-    )
-    return loss, rows, cols, shift, kept, unit

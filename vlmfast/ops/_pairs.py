@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from vlmfast.ops._arguments import DTYPES, check_integers, check_number, check_tensor
+
 Groups = tuple[Tensor, Tensor]
+LARGEST = torch.finfo(torch.float32).max
 
 
-def check_features(op: str, image: Tensor, text: Tensor) -> None:
-    """(n, D) and (N, D) of one supported dtype and device, neither empty."""
-    for name, features in (("image", image), ("text", text)):
-        if features.dim() != 2 or 0 in features.shape:
-            raise ValueError(f"{op}: {name} must be (batch, dim) and not empty; got {tuple(features.shape)}")
+def check_features(op: str, image: Tensor, text: Tensor) -> tuple[int, int]:
+    """(n, D) and (N, D) of one supported dtype and device, neither empty; returns n and N."""
+    check_tensor(op, "image", image)
+    check_tensor(op, "text", text)
+    shape, others = image.shape, text.shape  # once, as it costs as much as the rest of the checks
+    for name, found, features in (("image", shape, image), ("text", others, text)):
+        if len(found) != 2 or 0 in found:
+            raise ValueError(f"{op}: {name} must be (batch, dim) and not empty; got {tuple(found)}")
         if features.dtype not in DTYPES:
             raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16; got {features.dtype}")
     if image.dtype != text.dtype:
         raise TypeError(f"{op}: text must have image's dtype {image.dtype}; got {text.dtype}")
-    if image.shape[1] != text.shape[1]:
-        raise ValueError(f"{op}: text must have image's dim {image.shape[1]}; got {tuple(text.shape)}")
+    if shape[1] != others[1]:
+        raise ValueError(f"{op}: text must have image's dim {shape[1]}; got {tuple(others)}")
     _check_device(op, "text", text, image)
+    return shape[0], others[0]
 
 
 def scalar(op: str, name: str, value: Tensor | float, image: Tensor) -> Tensor:
-    """A float or a one-element tensor as a 0-dim tensor on image's device, gradient kept."""
+    """A number or a one-element tensor as a 0-dim tensor on image's device, gradient kept."""
     if not isinstance(value, Tensor):
+        check_number(op, name, value)
+        value = math.inf if value > LARGEST else -math.inf if value < -LARGEST else value
         return torch.full((), value, dtype=torch.float32, device=image.device)
+    check_tensor(op, name, value)
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point; got {value.dtype}")
     if value.numel() != 1:
@@ -35,15 +46,16 @@ def scalar(op: str, name: str, value: Tensor | float, image: Tensor) -> Tensor:
     return value.reshape(())
 
 
-def check_label_offset(op: str, label_offset: int, image: Tensor, text: Tensor) -> None:
-    if label_offset < 0 or label_offset + image.shape[0] > text.shape[0]:
+def check_label_offset(op: str, label_offset: int, images: int, texts: int) -> None:
+    if label_offset < 0 or label_offset + images > texts:
         raise ValueError(
-            f"{op}: label_offset must be at least 0 and leave text a row for each of the {image.shape[0]} images; "
-            f"got label_offset {label_offset} with {text.shape[0]} rows of text"
+            f"{op}: label_offset must be at least 0 and leave text a row for each of the {images} images; "
+            f"got label_offset {label_offset} with {texts} rows of text"
         )
 
 
 def check_row_mask(op: str, row_mask: Tensor, image: Tensor) -> None:
+    check_tensor(op, "row_mask", row_mask)
     if row_mask.dtype != torch.bool:
         raise TypeError(f"{op}: row_mask must be bool; got {row_mask.dtype}")
     if row_mask.shape != image.shape[:1]:
@@ -59,8 +71,7 @@ def group_codes(op: str, groups: Groups, image: Tensor, text: Tensor) -> Groups:
     if not isinstance(groups, tuple | list) or len(groups) != 2:
         raise TypeError(f"{op}: groups must be (row_ids, col_ids); got {type(groups).__name__}")
     for name, ids, features in (("row_ids", groups[0], image), ("col_ids", groups[1], text)):
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"{op}: groups {name} must be an integer tensor; got {getattr(ids, 'dtype', type(ids))}")
+        check_integers(op, f"groups {name}", ids)
         if ids.shape != features.shape[:1]:
             raise ValueError(f"{op}: groups {name} must be ({features.shape[0]},); got {tuple(ids.shape)}")
         _check_device(op, f"groups {name}", ids, image)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from vlmfast.ops._arguments import DTYPES, check_flag, check_floating, check_string, check_tensor, refuse
+
 LAYOUTS = {"NCHW": (0, 1, 2, 3), "NHWC": (0, 3, 1, 2)}
 
 
@@ -50,10 +51,11 @@ def check(
     keep: Tensor | None,
     pad: bool,
 ) -> None:
+    """Of pixels (B, C, H, W), whose type `check_pixels` has seen."""
     if pixels.dtype not in (torch.uint8, *DTYPES):
         raise TypeError(f"{op}: pixels must be uint8, float32, float16 or bfloat16; got {pixels.dtype}")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"{op}: weight must be float32, float16 or bfloat16; got {weight.dtype}")
+    check_floating(op, "weight", weight)
+    check_flag(op, "pad", pad)
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(f"{op}: weight must be (O, C, p, q) and not empty; got {tuple(weight.shape)}")
     batch, channels, *sides = pixels.shape
@@ -65,6 +67,7 @@ def check(
     if not pad and (sides[0] % patch[0] or sides[1] % patch[1]):
         raise ValueError(f"{op}: pixels must have sides that the patch {patch} divides, or pad; got {tuple(sides)}")
     if bias is not None:
+        check_tensor(op, "bias", bias)
         if bias.dtype != weight.dtype:
             raise TypeError(f"{op}: bias must have weight's dtype {weight.dtype}; got {bias.dtype}")
         if bias.shape != (width,):
@@ -72,24 +75,28 @@ def check(
     if (mean is None) != (std is None):
         raise ValueError(f"{op}: mean and std must be given together; got mean {mean} and std {std}")
     for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != channels:
+        if values is None:
+            continue
+        check_numbers(op, name, values)
+        if len(values) != channels:
             raise ValueError(f"{op}: {name} must have {channels} values, one per channel; got {len(values)}")
     if std is not None and 0 in std:
         raise ValueError(f"{op}: std must not be 0; got {list(std)}")
     count = 0
     if prefix is not None:
-        _check_floating(op, "prefix", prefix)
+        check_floating(op, "prefix", prefix)
         if prefix.dim() != 2 or prefix.shape[1] != width:
             raise ValueError(f"{op}: prefix must be (tokens, {width}); got {tuple(prefix.shape)}")
         count = prefix.shape[0]
     rows, columns = grid(pixels, weight, pad)
     if position is not None:
-        _check_floating(op, "position", position)
+        check_floating(op, "position", position)
         shape = (count + rows * columns, width)
         each = position.dim() == 3 and position.shape[0] == batch
         if not (each or position.dim() == 2) or position.shape[-2] != shape[0] or position.shape[-1] != shape[1]:
             raise ValueError(f"{op}: position must be {shape} or {(batch, *shape)}; got {tuple(position.shape)}")
     if keep is not None:
+        check_tensor(op, "keep", keep)
         if keep.dtype != torch.int64:
             raise TypeError(f"{op}: keep must be int64; got {keep.dtype}")
         if keep.dim() != 2 or keep.shape[0] != batch or keep.shape[1] == 0:
@@ -100,9 +107,21 @@ def check(
             raise ValueError(f"{op}: {name} must be on pixels' device {pixels.device}; got {tensor.device}")
 
 
-def _check_floating(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16; got {tensor.dtype}")
+def check_pixels(op: str, name: str, pixels: Tensor, layout: str) -> None:
+    """That they are a tensor, and layout one of the two."""
+    check_string(op, "layout", layout)
+    if layout not in LAYOUTS:
+        raise ValueError(f"{op}: layout must be NCHW or NHWC; got {layout!r}")
+    check_tensor(op, name, pixels)
+
+
+def check_numbers(op: str, name: str, values: Sequence[float]) -> None:
+    """A sequence of numbers, or a tensor or array of one dimension."""
+    if not hasattr(values, "__len__") or not hasattr(values, "__iter__") or isinstance(values, str | bytes | dict):
+        refuse(op, name, "a sequence of numbers", values)
+    for number, value in enumerate(values):
+        if not hasattr(value, "__float__"):
+            refuse(op, f"{name}[{number}]", "a number", value)
 
 
 def tokens_shape(

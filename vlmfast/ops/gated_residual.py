@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.ops._arguments import check_floating, check_string, check_tensor
 from vlmfast.ops._define import define
 from vlmfast.ops._dispatch import Impl, choose
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def reference(
@@ -53,7 +52,8 @@ def gated_residual(
     Returns:
         out (..., D): residual's dtype. With a gate of 0 it is residual bit for bit, and the gate has its gradient.
     Raises:
-        TypeError: a dtype is not supported.
+        TypeError: an argument is not of the type above, a tensor is sparse, nested or quantised, or a dtype is not
+            supported.
         ValueError: shapes or devices disagree, or activation is not one of the two; the message names the argument.
         RuntimeError: a second derivative is asked for, or the backend named by VLMFAST_BACKEND cannot run.
     Computed in float32 and rounded once, the gate's gradient summed in float32 or better, always in the same order for
@@ -69,27 +69,26 @@ def gated_residual(
 
 
 def _check(residual: Tensor, hidden: Tensor, gate: Tensor, activation: str, row_mask: Tensor | None) -> None:
-    if residual.dim() == 0 or 0 in residual.shape:
-        raise ValueError(f"gated_residual: residual must be (..., dim) and not empty; got {tuple(residual.shape)}")
     for name, tensor in (("residual", residual), ("hidden", hidden), ("gate", gate)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"gated_residual: {name} must be float32, float16 or bfloat16; got {tensor.dtype}")
-    if hidden.shape != residual.shape:
-        raise ValueError(
-            f"gated_residual: hidden must have residual's shape {tuple(residual.shape)}; got {tuple(hidden.shape)}"
-        )
-    dim = residual.shape[-1]
+        check_floating("gated_residual", name, tensor)
+    shape = residual.shape
+    if not shape or 0 in shape:
+        raise ValueError(f"gated_residual: residual must be (..., dim) and not empty; got {tuple(shape)}")
+    if hidden.shape != shape:
+        raise ValueError(f"gated_residual: hidden must have residual's shape {tuple(shape)}; got {tuple(hidden.shape)}")
+    dim = shape[-1]
     if gate.numel() not in (1, dim):
         raise ValueError(f"gated_residual: gate must have 1 element or {dim}; got {tuple(gate.shape)}")
+    check_string("gated_residual", "activation", activation)
     if activation not in ("tanh", "identity"):
         raise ValueError(f"gated_residual: activation must be 'tanh' or 'identity'; got {activation!r}")
     if row_mask is not None:
+        check_tensor("gated_residual", "row_mask", row_mask)
         if row_mask.dtype != torch.bool:
             raise TypeError(f"gated_residual: row_mask must be bool; got {row_mask.dtype}")
-        if row_mask.shape != residual.shape[:-1]:
+        if row_mask.shape != shape[:-1]:
             raise ValueError(
-                f"gated_residual: row_mask must be {tuple(residual.shape[:-1])}, one per row; "
-                f"got {tuple(row_mask.shape)}"
+                f"gated_residual: row_mask must be {tuple(shape[:-1])}, one per row; got {tuple(row_mask.shape)}"
             )
     for name, given in (("hidden", hidden), ("gate", gate), ("row_mask", row_mask)):
         if given is not None and given.device != residual.device:

@@ -33,9 +33,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import _pairs
+from vlmfast.ops._arguments import check_flag, check_integer, check_number
 from vlmfast.ops._define import define, without_autocast
-from vlmfast.ops._dispatch import Impl, choose, cpu_function, cpu_unsupported, triton_function
-from vlmfast.ops._info_nce_halves import InfoNceImpl, Side, cpu_forward, each_side, in_halves
+from vlmfast.ops._dispatch import Impl, choose, cpu_function, cuda_function, triton_function
+from vlmfast.ops._info_nce_halves import InfoNceImpl, Side, each_side, in_halves
 from vlmfast.ops._info_nce_torch import normalise_side, reference_backward, reference_forward
 from vlmfast.ops._pairs import Groups
 
@@ -115,13 +116,14 @@ def info_nce(
     Returns:
         loss (): float32, the mean over the rows (and columns) that have one.
     Raises:
-        TypeError: a dtype is not supported, or image and text differ in it.
+        TypeError: an argument is not of the type above, a tensor is sparse, nested or quantised, a dtype is not
+            supported, or image and text differ in it.
         ValueError: shapes or devices disagree, the batch is empty, an option is out of range or makes no sense beside
             another (exclude_positive with label_smoothing; groups with label_offset, label_smoothing, exclude_positive
             or row_mask); the message names the argument.
         RuntimeError: a second derivative is asked for, or the backend named by VLMFAST_BACKEND cannot run.
     Memory: O(N*D) recomputed, O(n*N) kept; on a GPU up to 134 MB of the logits' gradient besides, 268 MB in float32.
-    On a CPU the buffers of the last call, up to 1 GB each, are held for the next one.
+    On a CPU the buffers of the last call, up to 1 GB each, are held for the next one: vlmfast.release_memory().
     FLOPs, forward and backward: 8*n*N*D recomputed, 6*n*N*D kept; a side without gradient saves 2*n*N*D. On a GPU,
     bfloat16 and float16 features are multiplied as float16 with float32 sums, and float32 ones too where torch may use
     TF32, torch.backends.cuda.matmul.fp32_precision being "tf32", which is not its default; else as pairs of float16.
@@ -130,13 +132,17 @@ def info_nce(
     Source: Radford et al. 2021, figure 3; van den Oord et al. 2018, equation 4; Jia et al. 2021 (label smoothing);
     Fuerst et al. 2022, equation 2 (InfoLOOB).
     """
-    _pairs.check_features("info_nce", image, text)
+    n, texts = _pairs.check_features("info_nce", image, text)
     scale = _pairs.scalar("info_nce", "scale", scale, image)
-    _check_options(image, text, label_offset, bidirectional, label_smoothing, exclude_positive, groups, row_mask)
+    _check_types(label_offset, bidirectional, label_smoothing, exclude_positive, recompute)
+    if groups is None:
+        _pairs.check_label_offset("info_nce", label_offset, n, texts)
+    if groups is not None or row_mask is not None or label_smoothing or exclude_positive:
+        _check_options(image, text, label_offset, bidirectional, label_smoothing, exclude_positive, groups, row_mask)
     codes = _pairs.group_codes("info_nce", groups, image, text) if groups is not None else (None, None)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (image, text, scale))
     if recompute is None:  # an accelerator computes a dot product sooner than it reads what it kept
-        recompute = image.device.type != "cpu" or image.shape[0] * text.shape[0] * 4 > STORE_BUDGET_BYTES
+        recompute = image.device.type != "cpu" or n * texts * 4 > STORE_BUDGET_BYTES
     keep = needs_grad and not recompute
     loss: Tensor = _forward_op(
         image, text, scale, row_mask, *codes, label_offset, bidirectional, exclude_positive, keep
@@ -144,6 +150,17 @@ def info_nce(
     if label_smoothing:
         loss = loss + label_smoothing * _smoothing(image, text, scale, label_offset, bidirectional, row_mask)
     return loss
+
+
+def _check_types(
+    label_offset: int, bidirectional: bool, label_smoothing: float, exclude_positive: bool, recompute: bool | None
+) -> None:
+    check_integer("info_nce", "label_offset", label_offset)
+    check_flag("info_nce", "bidirectional", bidirectional)
+    check_number("info_nce", "label_smoothing", label_smoothing)
+    check_flag("info_nce", "exclude_positive", exclude_positive)
+    if recompute is not None:
+        check_flag("info_nce", "recompute", recompute)
 
 
 def _check_options(
@@ -156,8 +173,6 @@ def _check_options(
     groups: Groups | None,
     row_mask: Tensor | None,
 ) -> None:
-    if groups is None:
-        _pairs.check_label_offset("info_nce", label_offset, image, text)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"info_nce: label_smoothing must be in [0, 1]; got {label_smoothing}")
     if row_mask is not None:
@@ -203,15 +218,13 @@ def _smoothing(
 _NORMALISE = each_side(normalise_side)
 
 IMPLS = {
-    "cpu": InfoNceImpl(
-        cpu_forward,
-        cpu_function("info_nce_backward"),
-        cpu_unsupported,
-        tile_forward=cpu_function("info_nce_forward"),
+    "cpu": InfoNceImpl.cpu(
+        "info_nce",
+        tile_forward=cpu_function("info_nce_tile_forward"),
         normalise=each_side(cpu_function("info_nce_normalise")),
     ),
     "triton": in_halves(Impl.triton("info_nce"), triton_function("info_nce", "normalise")),
-    "cuda": in_halves(Impl.cuda("info_nce"), _NORMALISE),
+    "cuda": in_halves(Impl.cuda("info_nce", forward=cuda_function("info_nce_tile_forward")), _NORMALISE),
     "torch": in_halves(Impl(reference_forward, reference_backward), _NORMALISE),
 }
 

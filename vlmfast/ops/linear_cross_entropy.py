@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmfast.ops._arguments import DTYPES
 from vlmfast.ops._define import define, without_autocast
 from vlmfast.ops._dispatch import Impl, choose
-from vlmfast.ops._pairs import DTYPES
 
 LOG2E = math.log2(math.e)
 PANEL = 256  # kMostCols of csrc/tiles.h

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmfast.ops._arguments import check_integer, check_integers, check_string, check_tensor, refuse
+
 MODES = ("last", "all_prev", "group", "next")
 
 
@@ -65,14 +67,15 @@ def media_index(
         lo (B, L), hi (B, L): int32, on input_ids' device.
         state: to go on from.
     Raises:
-        TypeError: input_ids are not integers: ids beyond 256 are no longer themselves in bfloat16.
-        ValueError: mode is not one of the four, or "next" with eos_id, or with state but without num_media; a shape or
-            device disagrees; or a sample has more tokens of media than media, the last for CPU tensors outside
-            torch.compile only: elsewhere tokens of media that are not there see nothing, in modes "last" and "next", or
-            nothing of them.
+        TypeError: an argument is not of the type above. input_ids must be integers: ids beyond 256 are no longer
+            themselves in bfloat16.
+        ValueError: media_token_id or eos_id is not within input_ids' dtype; mode is not one of the four, or "next" with
+            eos_id, or with state but without num_media; a shape or device disagrees; or a sample has more tokens of
+            media than media, the last for CPU tensors outside torch.compile only: elsewhere tokens of media that are
+            not there see nothing, in modes "last" and "next", or nothing of them.
     Source: open_flamingo, transformers' Idefics and Mllama; Alayrac et al. 2022 (Flamingo) for "next".
     """
-    _check(input_ids, mode, num_media, state)
+    _check(input_ids, media_token_id, mode, eos_id, num_media, state)
     if mode == "next" and eos_id is not None:
         raise ValueError(f"media_index: mode 'next' needs eos_id None; got {eos_id}")
     if mode == "next" and state is not None and num_media is None:
@@ -139,18 +142,41 @@ def _limited(count: Tensor, hi: Tensor, num_media: Tensor | int) -> Tensor:
                 f"media_index: num_media must be at least each sample's number of tokens of media; got "
                 f"{int(most[sample])} for sample {sample} with {int(count[sample, -1])} tokens"
             )
-    return torch.minimum(hi, most.to(hi.dtype))
+    return torch.minimum(hi, most.clamp(max=torch.iinfo(hi.dtype).max).to(hi.dtype))
 
 
-def _check(input_ids: Tensor, mode: str, num_media: Tensor | int | None, state: MediaState | None) -> None:
-    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise TypeError(f"media_index: input_ids must be an integer tensor; got {input_ids.dtype}")
+def _check(
+    input_ids: Tensor,
+    media_token_id: int,
+    mode: str,
+    eos_id: int | None,
+    num_media: Tensor | int | None,
+    state: MediaState | None,
+) -> None:
+    check_integers("media_index", "input_ids", input_ids)
+    limits = torch.iinfo(input_ids.dtype)
+    tokens = {"media_token_id": media_token_id, **({} if eos_id is None else {"eos_id": eos_id})}
+    for name, token in tokens.items():
+        check_integer("media_index", name, token)
+        if not limits.min <= token <= limits.max:
+            raise ValueError(f"media_index: {name} must be within input_ids' {input_ids.dtype}; got {token}")
+    check_string("media_index", "mode", mode)
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"media_index: input_ids must be (batch, length) and not empty; got {tuple(input_ids.shape)}")
     if mode not in MODES:
         raise ValueError(f"media_index: mode must be one of {', '.join(MODES)}; got {mode!r}")
+    if state is not None and not isinstance(state, MediaState):
+        refuse("media_index", "state", "a MediaState", state)
     given = {"num_media": num_media} if isinstance(num_media, Tensor) else {}
+    if num_media is not None and not given:
+        check_integer("media_index", "num_media", num_media)
+        if num_media > torch.iinfo(torch.int32).max:
+            raise ValueError(f"media_index: num_media must be an int32; got {num_media}")
     for name, tensor in {**given, **(state._asdict() if state else {})}.items():
+        if name in ("in_group", "closed"):
+            check_tensor("media_index", name, tensor)
+        else:
+            check_integers("media_index", name, tensor)
         if tensor.shape != input_ids.shape[:1]:
             raise ValueError(
                 f"media_index: {name} must be ({input_ids.shape[0]},), one per sample; got {tuple(tensor.shape)}"

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import _patches
+from vlmfast.ops._arguments import check_tensor, refuse
 from vlmfast.ops._define import define, without_autocast
 from vlmfast.ops._dispatch import Impl, choose, cuda_function
 from vlmfast.ops._patches import LAYOUTS
@@ -108,7 +109,8 @@ def patch_embed(
         tokens (B, k + n, O), or (B, k + K, O) with keep; of the dtype that the expression above has: weight's, or
         autocast's, promoted with those of prefix and position.
     Raises:
-        TypeError: a dtype is not supported, or bias has not weight's.
+        TypeError: an argument is not of the type above, a tensor is sparse, nested or quantised, a dtype is not
+            supported, or bias has not weight's.
         ValueError: shapes, devices or layout disagree, or mean comes without std; the message names the argument.
         RuntimeError: a second derivative is asked for, or the backend named by VLMFAST_BACKEND cannot run.
     Memory: the tokens; for backward nothing but the pixels as they came. On a CPU the memory of the last two calls'
@@ -116,8 +118,7 @@ def patch_embed(
     Repeatable bit for bit for a given number of threads.
     Source: Dosovitskiy et al. 2021, equation 1; patch dropout: Li et al. 2023 (FLIP).
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"patch_embed: layout must be NCHW or NHWC; got {layout!r}")
+    _patches.check_pixels("patch_embed", "pixels", pixels, layout)
     if pixels.dim() != 4:
         raise ValueError(f"patch_embed: pixels must have 4 dimensions, {layout}; got {tuple(pixels.shape)}")
     pixels = pixels.permute(LAYOUTS[layout])
@@ -157,10 +158,13 @@ def patch_embed_packed(
     Memory: one copy of the images' pixels, in their dtype, and the tokens. Source: Dehghani et al. 2023 (NaViT);
     Tschannen et al. 2025 (SigLIP 2), section 2.4.2.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"patch_embed_packed: layout must be NCHW or NHWC; got {layout!r}")
+    if not isinstance(images, Sequence):
+        refuse("patch_embed_packed", "images", "a list of tensors", images)
     if not images:
         raise ValueError("patch_embed_packed: images must hold at least one image; got none")
+    for index, image in enumerate(images):
+        _patches.check_pixels("patch_embed_packed", f"images[{index}]", image, layout)
+    check_tensor("patch_embed_packed", "weight", weight)
     if weight.dim() != 4:
         raise ValueError(f"patch_embed_packed: weight must be (O, C, p, q); got {tuple(weight.shape)}")
     for index, image in enumerate(images):
@@ -185,6 +189,9 @@ def patch_embed_packed(
     packed = torch.cat([_patches.patches(view, weight).flatten(0, 2) for view in views])
     tokens = patch_embed(packed, weight, bias, mean=mean, std=std).squeeze(1)
     if position is not None:
+        check_tensor("patch_embed_packed", "position", position)
+        if not position.is_floating_point():
+            raise TypeError(f"patch_embed_packed: position must be floating point; got {position.dtype}")
         if position.shape != tokens.shape:
             raise ValueError(f"patch_embed_packed: position must be {tuple(tokens.shape)}; got {tuple(position.shape)}")
         tokens = tokens + position

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.ops import _pairs
+from vlmfast.ops._arguments import check_integer
 from vlmfast.ops._define import define, without_autocast
 from vlmfast.ops._dispatch import Impl, choose
 from vlmfast.ops._pairs import Groups
@@ -73,7 +74,8 @@ def sigmoid_loss(
     Returns:
         loss (): float32, the sum over all pairs divided by n.
     Raises:
-        TypeError: a dtype is not supported, or image and text differ in it.
+        TypeError: an argument is not of the type above, a tensor is sparse, nested or quantised, a dtype is not
+            supported, or image and text differ in it.
         ValueError: shapes or devices disagree, the batch is empty, or groups come with a label_offset; the message
             names the argument.
         RuntimeError: a second derivative is asked for, or the backend named by VLMFAST_BACKEND cannot run.
@@ -85,6 +87,7 @@ def sigmoid_loss(
     _pairs.check_features("sigmoid_loss", image, text)
     scale = _pairs.scalar("sigmoid_loss", "scale", scale, image)
     bias = _pairs.scalar("sigmoid_loss", "bias", bias, image)
+    check_integer("sigmoid_loss", "label_offset", label_offset)
     if groups is not None and label_offset:
         raise ValueError(f"sigmoid_loss: groups cannot be combined with label_offset; got {label_offset}")
     codes = _pairs.group_codes("sigmoid_loss", groups, image, text) if groups is not None else (None, None)

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "fragments.cuh"
-#include "gated_cross_attention.h"
+#include "media_attention.h"
 
 namespace vlmfast::cuda::attention {
 

@@ -1,5 +1,5 @@
 // Forward of media_attention, and what each row sees.
-#include "gated_cross_attention.cuh"
+#include "media_attention.cuh"
 
 namespace vlmfast::cuda {
 namespace {

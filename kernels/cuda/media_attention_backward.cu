@@ -1,5 +1,5 @@
 // Backward of media_attention.
-#include "gated_cross_attention.cuh"
+#include "media_attention.cuh"
 
 namespace vlmfast::cuda {
 namespace {
