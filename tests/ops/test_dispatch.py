@@ -88,7 +88,7 @@ def test_autocast_does_not_reach_into_an_op(wanted: bool, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(_dispatch.core is None, reason="needs the C++ extension")
-@pytest.mark.parametrize("op", list(doctor.implementations()))
+@pytest.mark.parametrize("op", ["info_nce", "sigmoid_loss", "patch_embed", "media_attention", "gated_residual"])
 def test_a_forward_on_a_cpu_is_one_call_of_the_extension(op: str) -> None:
     assert doctor.implementations()[op]["cpu"].forward is getattr(_dispatch.core, f"{op}_forward")
 

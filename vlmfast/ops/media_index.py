@@ -76,10 +76,6 @@ def media_index(
     Source: open_flamingo, transformers' Idefics and Mllama; Alayrac et al. 2022 (Flamingo) for "next".
     """
     _check(input_ids, media_token_id, mode, eos_id, num_media, state)
-    if mode == "next" and eos_id is not None:
-        raise ValueError(f"media_index: mode 'next' needs eos_id None; got {eos_id}")
-    if mode == "next" and state is not None and num_media is None:
-        raise ValueError("media_index: mode 'next' needs num_media beside state, as media to come are not in input_ids")
     if state is None:
         nothing = input_ids.new_zeros(input_ids.shape[0], dtype=torch.int32)
         state = MediaState(nothing, nothing, nothing.bool(), nothing.bool())
@@ -165,6 +161,10 @@ def _check(
         raise ValueError(f"media_index: input_ids must be (batch, length) and not empty; got {tuple(input_ids.shape)}")
     if mode not in MODES:
         raise ValueError(f"media_index: mode must be one of {', '.join(MODES)}; got {mode!r}")
+    if mode == "next" and eos_id is not None:
+        raise ValueError(f"media_index: mode 'next' needs eos_id None; got {eos_id}")
+    if mode == "next" and state is not None and num_media is None:
+        raise ValueError("media_index: mode 'next' needs num_media beside state, as media to come are not in input_ids")
     if state is not None and not isinstance(state, MediaState):
         refuse("media_index", "state", "a MediaState", state)
     given = {"num_media": num_media} if isinstance(num_media, Tensor) else {}
