@@ -173,10 +173,7 @@ def _check(
         if num_media > torch.iinfo(torch.int32).max:
             raise ValueError(f"media_index: num_media must be an int32; got {num_media}")
     for name, tensor in {**given, **(state._asdict() if state else {})}.items():
-        if name in ("in_group", "closed"):
-            check_tensor("media_index", name, tensor)
-        else:
-            check_integers("media_index", name, tensor)
+        check_tensor("media_index", name, tensor)
         if tensor.shape != input_ids.shape[:1]:
             raise ValueError(
                 f"media_index: {name} must be ({input_ids.shape[0]},), one per sample; got {tuple(tensor.shape)}"
@@ -185,3 +182,5 @@ def _check(
             raise ValueError(
                 f"media_index: {name} must be on input_ids' device {input_ids.device}; got {tensor.device}"
             )
+        if name not in ("in_group", "closed"):
+            check_integers("media_index", name, tensor)
