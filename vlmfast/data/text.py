@@ -59,6 +59,7 @@ class Collator:
         tokens: Any = self.tokenizer(
             list(captions),
             padding="longest",
+            padding_side="right",  # many a tokenizer_config.json says left
             truncation=True,
             max_length=self.max_length,
             return_attention_mask=True,

@@ -1,5 +1,6 @@
 """Towers of transformers: made of a config, with OpenAI's initial weights where they are CLIP's, or loaded."""
 
+import re
 from collections.abc import Sequence
 from inspect import signature
 from os import fspath
@@ -146,6 +147,8 @@ def _check_kind(name: str, tower: PreTrainedModel, reads: Literal["image", "text
         raise ValueError(f"{name}: expected a model that reads {own} alone, got {kind!r}, whose forward takes {what}")
     if needed:
         raise ValueError(f"{name}: expected a model that reads {own} alone, got {kind!r}, which needs {needed} too")
+    if kind in REFUSED:
+        raise ValueError(f"{name}: expected another tower than {kind!r}, {REFUSED[kind]}")
     if reads == "text" and pools_first(tower.config):
         return
     result = get_type_hints(forward).get("return")
@@ -198,6 +201,78 @@ def correct_efficientnet(tower: PreTrainedModel) -> None:
             module.momentum = 1 - momentum
         if isinstance(getattr(module, "project_bn", None), nn.BatchNorm2d) and isinstance(module.dropout, nn.Dropout):
             module.dropout = DropConnect(module.dropout.p)
+
+
+PADDED = {"siglip_text_model": False, "fnet": False, "convbert": True, "nystromformer": True}
+"""Text towers that read padding too, so that every text is padded to all their positions; with the attention mask?"""
+REFUSED = {
+    "bros": "which needs the box of each word",
+    "lilt": "which needs the box of each word",
+    "mra": "whose attention is a kernel of a hub, and zeros without it",
+    "yoso": "whose attention depends on the padding beside a text",
+}
+"""Text towers that cannot give a text the same feature in every batch, or have no text-only input."""
+UNREAD = {
+    "canine": r"^(projection|final_char_encoder)\.",  # of characters, behind the pooler
+    "longformer": r"_global\.",  # attention of tokens that a task names
+    "luke": r"^entity_embeddings\.|\.(w2e|e2w|e2e)_query\.",
+    "markuplm": r"\.xpath_unitseq2_embeddings\.",  # made, and used by nothing
+}
+"""Parameters, by model type, that a feature is not read through; `mask_token` of any type is another."""
+
+
+def unread_parameters(tower: PreTrainedModel) -> list[nn.Parameter]:
+    """Parameters of a tower that can have no gradient from a feature: DDP stops at them unless they are frozen."""
+    pattern = re.compile(rf"(^|\.)mask_token$|{UNREAD.get(tower.config.model_type, '$^')}")
+    return [parameter for name, parameter in tower.named_parameters() if pattern.search(name)]
+
+
+def text_positions(tower: PreTrainedModel) -> int | None:
+    """How many tokens a text tower can read; None where there is no limit.
+
+    Towers of RoBERTa's kind count positions from padding_idx + 1, so that fewer are left than the config says.
+    """
+    found: int | None = getattr(tower.config, "max_position_embeddings", None)
+    for name, module in tower.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            found = len(module.weight) - module.padding_idx - 1
+    return found
+
+
+def tokens_first(attention_mask: Tensor, values: Tensor) -> Tensor:
+    """Values (B, L) of tokens, each row's padding on the left moved to its end, on any device without a look at it."""
+    length = attention_mask.shape[1]
+    before = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
+    return values.gather(1, (torch.arange(length, device=values.device) + before) % length)
+
+
+def text_inputs(
+    tower: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What a text tower is called with, so that a text's feature does not depend on the others of its batch.
+
+    Padding on the left is moved to the right, on any device without a look at the values. Where the tower reads the
+    padding, it is made the same for a text alone and beside a longer one.
+
+    Args:
+        input_ids, attention_mask (B, L): as `TwoTowerModel.get_text_features`.
+        position_ids (B, L): given, nothing is moved.
+    Returns:
+        `input_ids` and, as far as there are any and the tower takes them, `attention_mask` and `position_ids`.
+    """
+    config, mask = tower.config, attention_mask
+    if mask is not None and position_ids is None:
+        input_ids, mask = tokens_first(mask, input_ids), tokens_first(mask, mask)
+    if config.model_type in PADDED:
+        padding = config.pad_token_id or 0
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        missing = (0, config.max_position_embeddings - input_ids.shape[1])
+        input_ids = nn.functional.pad(input_ids.masked_fill(mask == 0, padding), missing, value=padding)
+        mask = nn.functional.pad(mask, missing) if PADDED[config.model_type] else None
+    elif isinstance(tower, CLIPTextModel) and config.eos_token_id == 2 and mask is not None:
+        input_ids = input_ids.masked_fill(mask == 0, 0)  # this tower pools at the highest id
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def read_bytes(tower: PreTrainedModel, mean: Sequence[float], std: Sequence[float]) -> bool:

@@ -7,7 +7,8 @@ What one feature per sample is read from:
 - other text towers: `last_hidden_state[:, 0]` when transformers has a masked language model of the type, which makes it
   bidirectional with [CLS] first (BERT, DistilBERT, ModernBERT, ...); an unused pooler is removed. Else `pooler_output`.
 
-Text is padded on the right. The attention mask goes to the tower as it is.
+A feature does not depend on the rest of its batch: padding on the left is moved to the right, and towers that read the
+padding too get every text padded to all their positions, see `vlmfast.models.towers.text_inputs`.
 
 Departures from transformers' models of two towers:
 
@@ -42,7 +43,10 @@ from vlmfast.models.towers import (
     normalisation,
     pools_first,
     read_bytes,
+    text_inputs,
+    text_positions,
     tower_width,
+    unread_parameters,
 )
 from vlmfast.models.two_tower_config import ProjectionOptions, TwoTowerConfig, TwoTowerOptions
 
@@ -117,6 +121,20 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
                 raise ValueError(f"text_config: expected an encoder, got {text_config.model_type!r} with a decoder")
             if hasattr(self.text_model, "pooler"):
                 self.text_model.register_module("pooler", None)  # DDP stops at a parameter without gradient
+        self.text_positions = text_positions(self.text_model)
+        TwoTowerModel.freeze(self)
+
+    def freeze(self) -> None:
+        """As Pretrainable's, and the towers' parameters that can have no gradient, since DDP stops at them."""
+        super().freeze()
+        for tower in (self.vision_model, self.text_model):
+            for parameter in unread_parameters(tower):
+                parameter.requires_grad_(False)
+
+    @property
+    def max_text_length(self) -> int:
+        """Tokens of a text at most, as the text tower counts its positions."""
+        return self.text_positions or super().max_text_length
 
     def linear_heads(self, *, text_bias: bool = False) -> tuple[nn.Linear, nn.Linear]:
         """Of the image and the text tower, to `projection_dim`; the first without bias."""
@@ -215,7 +233,7 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
         """Unit-norm text features (B, D), float32.
 
         Args:
-            input_ids (B, L): int64 token ids, padded on the right.
+            input_ids (B, L): int64 token ids, padded on the right; on the left too where there is an attention_mask.
             attention_mask (B, L): 1 for tokens, 0 for padding; None when nothing is padding.
             position_ids (B, L): for towers that take them.
 
@@ -235,11 +253,13 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
     def _pool_text(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """States of all tokens (B, L, W) after the tower's last norm, and what the text's feature is made of (B, W)."""
+        """States of all tokens (B, L, W) after the tower's last norm, and what the text's feature is made of (B, W).
+
+        Without position_ids, padding is behind the tokens, as `tokens_first` moves it.
+        """
         self._check_text(input_ids, attention_mask)
-        positions = {} if position_ids is None else {"position_ids": position_ids}
-        outputs = self.text_model(input_ids, attention_mask=attention_mask, **positions)
-        states = outputs.last_hidden_state
+        outputs = self.text_model(**text_inputs(self.text_model, input_ids, attention_mask, position_ids))
+        states = outputs.last_hidden_state[:, : input_ids.shape[1]]
         return states, states[:, 0] if self.text_pools_first else self._pooler_output("text_config", outputs)
 
     @can_return_tuple
@@ -318,7 +338,7 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
             raise TypeError(f"input_ids: expected integers, got {input_ids.dtype}")
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids: expected (B, L), got shape {tuple(input_ids.shape)}")
-        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        positions = self.text_positions
         if positions is not None and input_ids.shape[1] > positions:
             raise ValueError(f"input_ids: expected at most {positions} tokens, got {input_ids.shape[1]}")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -328,7 +348,8 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
         if isinstance(self.text_model, CLIPTextModel) and looking_is_free:
             eos = self.config.text_config.eos_token_id
             if eos == 2:  # wrong in early checkpoints of OpenAI's, so the tower then pools at the highest id
-                eos = self.config.text_config.vocab_size - 1
+                read = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, 0)
+                eos = int(read.max())
             without = torch.ne(input_ids, eos).all(dim=1).nonzero()
             if len(without):
                 raise ValueError(

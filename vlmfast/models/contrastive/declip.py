@@ -48,7 +48,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from vlmfast import data, distributed
 from vlmfast.models.contrastive.declip_parts import FeatureBank, predictor, projector, simsiam_loss
 from vlmfast.models.gathered import Shards
-from vlmfast.models.towers import CLIPTextModel, CLIPVisionModel
+from vlmfast.models.towers import CLIPTextModel, CLIPVisionModel, tokens_first
 from vlmfast.models.two_tower_config import ProjectionOptions, TwoTowerConfig
 from vlmfast.models.two_towers import TwoTowerModel
 from vlmfast.nn import ClipLoss
@@ -312,6 +312,8 @@ class DeCLIPModel(TwoTowerModel):
             features["head_parameters"] = torch.cat([parameter.flatten() for parameter in parameters])
         if self.text_predictor is not None:
             assert mlm_labels is not None
+            if attention_mask is not None:
+                mlm_labels = tokens_first(attention_mask[:, 0], mlm_labels)  # as the states are
             masked = mlm_labels != NOT_MASKED
             logits = self.text_predictor(states.unflatten(0, (rows, 2))[:, 0][masked])
             each = F.cross_entropy(logits.float(), mlm_labels[masked], reduction="none")

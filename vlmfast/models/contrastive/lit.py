@@ -38,7 +38,7 @@ from typing_extensions import Self
 
 from vlmfast.distributed import rank_and_world_size
 from vlmfast.models.contract import fingerprint
-from vlmfast.models.towers import small_bert, tower_width
+from vlmfast.models.towers import small_bert, tokens_first, tower_width
 from vlmfast.models.two_tower_config import PatchOptions, TwoTowerConfig, small_towers
 from vlmfast.models.two_towers import TwoTowerModel, TwoTowerOutput
 from vlmfast.nn import ClipLoss
@@ -161,6 +161,8 @@ class LiTModel(TwoTowerModel):
             return super().get_text_features(input_ids, attention_mask, position_ids)
         states, _ = self._pool_text(input_ids, attention_mask, position_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if position_ids is None:
+            mask = tokens_first(mask, mask)
         weights = mask.to(states.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
         pooled = (states * weights[..., None]).sum(1)
         return F.normalize(self.text_projection(pooled).float(), dim=-1)

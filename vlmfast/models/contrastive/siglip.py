@@ -10,8 +10,8 @@ weigh what they should; neither is clamped.
 
 The towers are Siglip's by default: the image is read by an attention pooling head, the text, padded to all positions of
 the tower, at its last position, padding or not, without a mask, and through a linear head. Here the padding is made in
-`get_text_features`, whatever length the texts come with. Other towers are read as in `vlmfast.models.two_towers`
-and have a linear projection without bias.
+`get_text_features`, whatever length the texts come with, as for this tower in every model of two towers. Other towers
+are read as in `vlmfast.models.two_towers` and have a linear projection without bias.
 
 Departures from public implementations:
 
@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -130,20 +129,6 @@ class SigLIPModel(TwoTowerModel):
     def _head(self, projection: nn.Linear) -> Any:
         """A Siglip tower needs none, unless its features are of another size."""
         return nn.Identity() if projection.in_features == projection.out_features else projection
-
-    def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """As TwoTowerModel's; what is not text for the Siglip tower, by attention_mask or by length, is its padding."""
-        if not isinstance(self.text_model, transformers.SiglipTextModel):
-            return super().get_text_features(input_ids, attention_mask, position_ids)
-        self._check_text(input_ids, attention_mask)
-        text_config = self.config.text_config
-        if attention_mask is not None:
-            input_ids = input_ids.masked_fill(attention_mask == 0, text_config.pad_token_id)
-        missing = text_config.max_position_embeddings - input_ids.shape[1]
-        outputs = self.text_model(F.pad(input_ids, (0, missing), value=text_config.pad_token_id))
-        return F.normalize(self.text_projection(outputs.pooler_output).float(), dim=-1)
 
     def loss(  # type: ignore[override]
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
