@@ -203,17 +203,20 @@ def correct_efficientnet(tower: PreTrainedModel) -> None:
             module.dropout = DropConnect(module.dropout.p)
 
 
-PADDED = {"siglip_text_model": False, "fnet": False, "convbert": True, "nystromformer": True}
+PADDED = {"siglip_text_model": False, "fnet": False, "convbert": True, "mobilebert": True, "nystromformer": True}
 """Text towers that read padding too, so that every text is padded to all their positions; with the attention mask?"""
 REFUSED = {
+    "internvl_vision": "which gives no pooler_output",
     "bros": "which needs the box of each word",
+    "funnel": "whose layers pool the padding beside a text",
     "lilt": "which needs the box of each word",
     "mra": "whose attention is a kernel of a hub, and zeros without it",
     "yoso": "whose attention depends on the padding beside a text",
 }
-"""Text towers that cannot give a text the same feature in every batch, or have no text-only input."""
+"""Towers that cannot give a text the same feature in every batch, need more than it, or give no feature."""
 UNREAD = {
     "canine": r"^(projection|final_char_encoder)\.",  # of characters, behind the pooler
+    "esm": r"^contact_head\.",
     "longformer": r"_global\.",  # attention of tokens that a task names
     "luke": r"^entity_embeddings\.|\.(w2e|e2w|e2e)_query\.",
     "markuplm": r"\.xpath_unitseq2_embeddings\.",  # made, and used by nothing
@@ -290,6 +293,8 @@ def tower_width(name: str, config: PreTrainedConfig) -> int:
     """Of what one feature is read from."""
     if config.model_type == "siglip_text_model":
         return int(config.projection_size)
+    if config.model_type == "dpr" and config.projection_dim:
+        return int(config.projection_dim)
     if config.model_type == "align_vision_model":
         return int(round_filters(config, config.out_channels[-1]))
     if config.model_type == "efficientnet":

@@ -119,8 +119,8 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
         if self.text_pools_first:
             if getattr(text_config, "is_decoder", False) or text_config.is_encoder_decoder:
                 raise ValueError(f"text_config: expected an encoder, got {text_config.model_type!r} with a decoder")
-            if hasattr(self.text_model, "pooler"):
-                self.text_model.register_module("pooler", None)  # DDP stops at a parameter without gradient
+            if isinstance(getattr(self.text_model, "pooler", None), nn.Module):
+                self.text_model.pooler = nn.Identity()  # DDP stops at a parameter without gradient
         self.text_positions = text_positions(self.text_model)
         TwoTowerModel.freeze(self)
 
@@ -133,8 +133,16 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
 
     @property
     def max_text_length(self) -> int:
-        """Tokens of a text at most, as the text tower counts its positions."""
-        return self.text_positions or super().max_text_length
+        """Tokens of a text at most, as the text tower counts its positions.
+
+        Raises:
+            ValueError: the tower has no limit.
+        """
+        if self.text_positions is None:
+            raise ValueError(
+                f"--max-length is needed: {self.config.text_config.model_type!r} reads texts of any length"
+            )
+        return self.text_positions
 
     def linear_heads(self, *, text_bias: bool = False) -> tuple[nn.Linear, nn.Linear]:
         """Of the image and the text tower, to `projection_dim`; the first without bias."""
@@ -255,10 +263,14 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """States of all tokens (B, L, W) after the tower's last norm, and what the text's feature is made of (B, W).
 
-        Without position_ids, padding is behind the tokens, as `tokens_first` moves it.
+        Without position_ids, padding is behind the tokens, as `tokens_first` moves it. A tower that gives no states
+        has its pooled one in their place.
         """
         self._check_text(input_ids, attention_mask)
         outputs = self.text_model(**text_inputs(self.text_model, input_ids, attention_mask, position_ids))
+        if outputs.get("last_hidden_state") is None:  # DPR
+            pooled = self._pooler_output("text_config", outputs)
+            return pooled[:, None], pooled
         states = outputs.last_hidden_state[:, : input_ids.shape[1]]
         return states, states[:, 0] if self.text_pools_first else self._pooler_output("text_config", outputs)
 
