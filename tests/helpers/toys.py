@@ -50,6 +50,15 @@ def write_tar(path: Path, members: Iterable[Member]) -> str:
     return str(path)
 
 
+def halves(left: str, right: str, size: int = 16) -> bytes:
+    """A square image of two colours beside each other."""
+    image = Image.new("RGB", (size, size), COLOURS[left])
+    image.paste(COLOURS[right], (size // 2, 0, size, size))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def write_records(path: Path, *samples: tuple[str, dict[str, Any]]) -> str:
     """A shard of plain images, each a colour beside its record; a colour that there is not makes a corrupt image."""
     members = []

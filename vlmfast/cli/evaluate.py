@@ -38,6 +38,9 @@ class EvalArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a text at most; by default what the model was made for."}
     )
+    features: str | None = field(
+        default=None, metadata={"help": "A folder of features of the images, such as a detector's boxes."}
+    )
     batch_size: int = field(default=256, metadata={"help": "Samples per forward pass."})
     num_workers: int = field(default=2, metadata={"help": "Processes that decode images."})
     device: str | None = field(default=None, metadata={"help": "By default a GPU where there is one."})
@@ -78,6 +81,7 @@ def run(arguments: Sequence[str]) -> int:
         args.data,
         find_tokenizer(args.tokenizer or args.checkpoint),
         _model_options(model, args),
+        features=args.features,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         batch_size=args.batch_size,
         num_workers=args.num_workers,

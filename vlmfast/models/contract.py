@@ -19,10 +19,15 @@ its own puts it into `Sample.caption` first:
     get_image_features(pixel_values), get_text_features(input_ids, attention_mask)     unit-norm (B, D)
     match_scores(**batch)               (B,) log-probability that image and text belong together
     generate(**batch, ...)              token ids (B, L) of what follows the prompt, without it, on batches of
-                                        `prompt_collator(options, tokenizer)`: `Sample.caption` is the prompt or ""
+                                        `prompt_collator(options, tokenizer)`: `Sample.caption` is the prompt or "".
+                                        With examples in the prompt `Sample.images` has several, the caption `<image>`
+                                        for each, and `example_end` behind each example, "\\n" where there is none
     joint_features(**batch)             `JointFeatures`
-    phrase_scores(**batch)              (B, P, R), the score of each region for each phrase
-    detect(image, phrases=None)         boxes, scores, labels
+    phrase_scores(**batch)              (B, P, R), the score of each region for each phrase; the batch has
+                                        `phrase_mask` too, bool (B, P, L), the tokens of `input_ids` that a phrase spans
+    detect(pixel_values, phrases=None)  of each image "boxes" (N, 4) in pixels of what is given, "scores", "labels":
+                                        places in the image's list `phrases` where `open_vocabulary` is True, else
+                                        those of config.id2label
 """
 
 from __future__ import annotations

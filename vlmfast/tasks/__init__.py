@@ -18,6 +18,8 @@ TASKS = {
     "vqa": "vlmfast.tasks.vqa:VQA",
     "hateful": "vlmfast.tasks.hateful:Hateful",
     "reasoning": "vlmfast.tasks.reasoning:Reasoning",
+    "grounding": "vlmfast.tasks.grounding:Grounding",
+    "detection": "vlmfast.tasks.detection:Detection",
 }
 """By name: "module:Class"."""
 

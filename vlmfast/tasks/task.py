@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from vlmfast.data import ImageTextDataset
+from vlmfast.data import ImageTextDataset, open_features
 from vlmfast.tasks.batches import Collate, batches, place
 from vlmfast.tasks.scores import Scores, listed
 
@@ -92,6 +92,7 @@ class Task:
         tokenizer: Any,
         model_options: Any,
         *,
+        features: Any = None,
         device: torch.device | str | None = None,
         batch_size: int = 256,
         num_workers: int = 0,
@@ -106,6 +107,7 @@ class Task:
             source: as of `vlmfast.data.ImageTextDataset`.
             tokenizer: a transformers tokenizer; None for a model that reads no text.
             model_options: the model's own `Options`, which its transform and its collator read.
+            features: a folder of features of these images, such as boxes; they are the samples' `features`.
             device: where to compute; the model is moved there. None is where the model is.
             batch_size: samples per forward pass.
             num_workers: processes that read and decode; 0 reads in this one.
@@ -119,6 +121,8 @@ class Task:
         dataset = ImageTextDataset(
             source, transform=model.transform(model_options, train=False), requires=self.requires
         )
+        if features is not None:
+            dataset.features = open_features(features, dataset)
         where = place(model, device)
         return self.score(
             Run(model, dataset, tokenizer, model_options, where, batch_size, num_workers, blind, progress)

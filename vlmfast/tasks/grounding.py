@@ -1,0 +1,225 @@
+"""Which box each phrase of a caption is about: accuracy at an overlap (IoU) of 0.5 with any of the phrase's boxes.
+
+A model scores regions for phrases (`phrase_scores`), or detects what phrases name (`detect`). Regions are those of the
+features, "boxes" (R, 4) in pixels of the image file, or, without features, the objects of the record. What stands
+beside the accuracy: `blind`, with images (and features) shuffled among samples; `majority`, always the largest box that
+there is to choose; `chance`, any of them; `upper bound`, the best of them, which no choice can exceed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfast.tasks.batches import Blind, Collate, evaluating
+from vlmfast.tasks.boxes import area, from_model, image_sizes, overlap, stretched, to_model
+from vlmfast.tasks.page import ACCENT, INK, MUTED, RIGHT, WRONG, Cell, gallery
+from vlmfast.tasks.scores import Compared
+from vlmfast.tasks.task import Run, Task
+
+SHOWN = 8
+ENOUGH = 0.5
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A phrase of a caption.
+
+    Attributes:
+        span: its first character and the one behind its last.
+        boxes (N, 4): float64, in pixels of the image file; one or more.
+    """
+
+    span: tuple[int, int]
+    boxes: Tensor
+
+
+class Grounding(Task):
+    """Accuracy of the best box of each phrase."""
+
+    methods: ClassVar = (("phrase_scores",), ("detect",))
+    requires: ClassVar = ("caption", "phrases", "objects")
+
+    def score(self, run: Run) -> Compared:
+        sizes = image_sizes(run)
+        phrases = {index: phrases_of(run.dataset.record(index)) for index in sizes}
+        found = self._ground(run, run.dataset, phrases, sizes)
+        indices = run.some([index for index in found if phrases[index]])
+        rows = {"model": {"accuracy": _accuracy(found, phrases, indices)}}
+        if run.blind:
+            blind = Blind(run.dataset, list(found))
+            wrong = self._ground(run, blind, phrases, sizes, blind.other)
+            rows["blind"] = {"accuracy": _accuracy(wrong, phrases, indices)}
+        hits = [
+            (overlap(boxes, phrase.boxes).amax(dim=1) >= ENOUGH, boxes)
+            for index in indices
+            for phrase, (_, boxes) in zip(phrases[index], found[index], strict=True)
+        ]
+        share = [float(hit.double().mean()) if len(hit) else 0.0 for hit, _ in hits]
+        largest = [bool(len(hit)) and bool(hit[area(boxes).argmax()]) for hit, boxes in hits]
+        rows["majority"] = {"accuracy": sum(largest) / len(hits)}
+        rows["chance"] = {"accuracy": sum(share) / len(hits)}
+        rows["upper bound"] = {"accuracy": sum(value > 0 for value in share) / len(hits)}
+        return Compared(
+            task=self.name,
+            rows=rows,
+            num_samples=len(indices),
+            skipped=dict(run.dataset.skipped() + Counter({"no phrase with a box": len(found) - len(indices)})),
+            arguments={"batch_size": run.batch_size, "device": str(run.device)},
+            draw=partial(_draw, run.dataset, indices, found, phrases, sizes, rows),
+            notes=f"times 100, of {len(hits)} phrases",
+            details={"num_phrases": len(hits)},
+        )
+
+    @staticmethod
+    def _ground(
+        run: Run,
+        dataset: Any,
+        phrases: dict[int, list[Phrase]],
+        sizes: dict[int, tuple[int, int]],
+        others: dict[int, int] | None = None,
+    ) -> dict[int, list[tuple[int, Tensor]]]:
+        """By index, for each phrase: the place of the box that is chosen, and the boxes (R, 4) in pixels of the file.
+
+        Args:
+            others: whose image each sample shows, where that is not its own.
+        """
+        by_regions = callable(getattr(run.model, "phrase_scores", None))
+        collator = run.model.collator(run.model_options, run.tokenizer, train=False)
+        found: dict[int, list[tuple[int, Tensor]]] = {}
+        if by_regions:
+            collator = _Spans(collator, run.tokenizer)
+        with evaluating(run.model):
+            for batch, indices, samples in run.batches(dataset, collator, "ground"):
+                if by_regions:
+                    scores = run.model.phrase_scores(**batch).float().cpu()
+                    for row, index, sample in zip(scores, indices, samples, strict=True):
+                        boxes = _regions(sample, sizes, index, (others or {}).get(index, index))
+                        best = row[: len(phrases[index]), : len(boxes)].argmax(dim=1).tolist()
+                        found[index] = [(place, boxes) for place in best]
+                    continue
+                pixels = batch["pixel_values"]
+                seen = (pixels.shape[2], pixels.shape[1])
+                asked = [[s.caption[slice(*p.span)] for p in phrases[i]] for i, s in zip(indices, samples, strict=True)]
+                for index, one in zip(indices, run.model.detect(pixels, asked), strict=True):
+                    found[index] = []
+                    for number in range(len(phrases[index])):
+                        mine = (one["labels"] == number).cpu()
+                        boxes = from_model(one["boxes"].cpu()[mine], seen, sizes[index])
+                        place = int(one["scores"].cpu()[mine].argmax()) if len(boxes) else -1
+                        found[index].append((place, boxes))
+        return found
+
+
+def phrases_of(record: dict[str, Any]) -> list[Phrase]:
+    """The phrases of a record that name objects with boxes."""
+    boxes = [o.get("box") if isinstance(o, dict) else None for o in record.get("objects", ())]
+    found = []
+    for phrase in record.get("phrases", ()):
+        start, end = phrase["span"]
+        mine = [boxes[place] for place in phrase["objects"] if 0 <= place < len(boxes) and len(boxes[place] or ()) == 4]
+        if mine and 0 <= start < end:
+            found.append(Phrase((start, end), torch.tensor(mine, dtype=torch.float64)))
+    return found
+
+
+def phrase_mask(
+    tokenizer: Any, captions: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], ids: Tensor
+) -> Tensor:
+    """Which tokens of its caption each phrase spans.
+
+    Args:
+        tokenizer: a fast one of transformers.
+        captions: B texts.
+        spans: of each text, of the characters of its phrases.
+        ids (B, L): the tokens of the texts, each from column 0.
+    Returns:
+        bool (B, P, L), P the most phrases of a text. A phrase that was cut off spans nothing.
+    Raises:
+        ValueError: a row does not begin with the caption's tokens.
+    """
+    mask = torch.zeros(len(captions), max(map(len, spans), default=0), ids.shape[1], dtype=torch.bool)
+    for row, (caption, own) in enumerate(zip(captions, spans, strict=True)):
+        tokens = tokenizer(caption, truncation=True, max_length=ids.shape[1], return_offsets_mapping=True)
+        length = len(tokens["input_ids"])
+        if ids[row, :length].tolist() != tokens["input_ids"]:
+            raise ValueError(f"input_ids: expected the tokens of {caption!r} from column 0, got {ids[row].tolist()}")
+        for place, (start, end) in enumerate(own):
+            for column, (first, last) in enumerate(tokens["offset_mapping"]):
+                mask[row, place, column] = first < end and last > start and last > first
+    return mask
+
+
+class _Spans:
+    """A collator that adds `phrase_mask`."""
+
+    def __init__(self, collator: Collate, tokenizer: Any) -> None:
+        self.collator = collator
+        self.tokenizer = tokenizer
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        batch = self.collator(samples)
+        spans = [[phrase.span for phrase in phrases_of(sample.record)] for sample in samples]
+        captions = [sample.caption for sample in samples]
+        return {**batch, "phrase_mask": phrase_mask(self.tokenizer, captions, spans, batch["input_ids"])}
+
+
+def _regions(sample: Any, sizes: dict[int, tuple[int, int]], index: int, shown: int) -> Tensor:
+    """Boxes (R, 4) that there are to choose, at their place in the sample's own image."""
+    if sample.features is None:
+        boxes = [o["box"] for o in sample.record["objects"]]
+        return torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
+    if "boxes" not in sample.features:
+        raise ValueError(f"features: expected 'boxes' of sample {sample.key!r}, got {list(sample.features)}")
+    return stretched(sample.features["boxes"], sizes[shown], sizes[index])
+
+
+def _accuracy(
+    found: dict[int, list[tuple[int, Tensor]]], phrases: dict[int, list[Phrase]], indices: Sequence[int]
+) -> float:
+    right = [
+        place >= 0 and bool((overlap(boxes[place : place + 1], phrase.boxes) >= ENOUGH).any())
+        for index in indices
+        for phrase, (place, boxes) in zip(phrases[index], found.get(index, ()), strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def _draw(
+    dataset: Any,
+    indices: Sequence[int],
+    found: dict[int, list[tuple[int, Tensor]]],
+    phrases: dict[int, list[Phrase]],
+    sizes: dict[int, tuple[int, int]],
+    rows: dict[str, dict[str, float]],
+    path: str | PathLike[str],
+) -> None:
+    drawn = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0)).tolist()[: 2 * SHOWN]
+
+    def cell(index: int) -> Cell:
+        sample = dataset[index]
+        lines = [(sample.caption, INK)]
+        boxes: list[tuple[Sequence[float], str, str]] = []
+        if sample.image is None:
+            return Cell(None, lines)
+        seen = (sample.image.shape[1], sample.image.shape[0])
+        for phrase, (place, own) in zip(phrases[index], found[index], strict=True):
+            text = sample.caption[slice(*phrase.span)]
+            boxes += [(box, MUTED, "") for box in to_model(phrase.boxes, seen, sizes[index]).tolist()]
+            if place >= 0:
+                right = bool((overlap(own[place : place + 1], phrase.boxes) >= ENOUGH).any())
+                box = to_model(own[place : place + 1], seen, sizes[index])[0].tolist()
+                boxes.append((box, ACCENT if right else WRONG, text))
+                lines.append((text, RIGHT if right else WRONG))
+        return Cell(sample.image, lines, boxes)
+
+    scores = ", ".join(f"{row} {100 * values['accuracy']:.1f}" for row, values in rows.items())
+    subtitle = f"{len(indices):,} images; accuracy: {scores}.   Grey: true.  Blue: right.  Red: wrong."
+    gallery(path, "Phrases", subtitle, [("Drawn at random", [cell(indices[place]) for place in drawn])])
