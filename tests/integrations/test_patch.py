@@ -388,6 +388,20 @@ def test_cast_to_float64_it_is_the_original() -> None:
     assert out.logits_per_image is not None
 
 
+def test_in_float64_it_is_the_original(known: Known) -> None:
+    """Cast after it was patched, as before: no kernel takes float64, and PyTorch computes it."""
+    model, inputs = known.make()
+    model, inputs = model.double(), cast(inputs, torch.float64)
+    expected = results(model, inputs)
+    model.float()
+    vlmfast.patch(model)
+    found = results(model.double(), inputs)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+
+
 def test_pickled_and_copied_its_forward_is_its_own() -> None:
     model, inputs = clip()
     vlmfast.patch(model)

@@ -59,7 +59,10 @@ def original_part(cls: type[nn.Module], original: nn.Module, path: str, kind: ty
 
 
 def share(module: Module, original: nn.Module) -> Module:
-    """Gives module original's parameters, the same objects under the same names, hooks and modes; returns module.
+    """Gives module original's parameters, the same objects under the same names, hooks, modes and other attributes.
+
+    Returns:
+        module.
 
     Raises:
         ValueError: names or shapes differ, or what the submodules are.
@@ -80,7 +83,8 @@ def share(module: Module, original: nn.Module) -> Module:
         setattr(module.get_submodule(owner), leaf, parameter)
     for name, part in module.named_modules(remove_duplicate=False):
         source = vars(original.get_submodule(name))
-        vars(part).update({key: value for key, value in source.items() if key in SHARED})
+        own = vars(part).keys() | {"forward", "_compiled_call_impl"}
+        vars(part).update({key: value for key, value in source.items() if key in SHARED or key not in own})
     copy_modes(original, module)
     return module
 
