@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from command_line import PAIRS, STEPS, assert_same_run, command, logged, run, write_pairs
 from PIL import Image
+from safetensors.torch import load_file
 
 from vlmfast.cli import main
 from vlmfast.training import last_checkpoint
@@ -76,6 +78,89 @@ def test_signals_save_a_checkpoint(data: Path, finished: Path, tmp_path: Path, n
     resumed = run(command(data, tmp_path, "--save-steps=1000", "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(tmp_path, finished)
+
+
+def again(capsys: pytest.CaptureFixture[str], data: Path, output_dir: Path, *extra: str) -> tuple[int, str]:
+    """The same command in this process: its exit code, and what it printed."""
+    code = main(command(data, output_dir, *extra)[3:])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out + captured.err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_complete_run_is_left_as_it_is(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    before = contents(copy)
+    code, text = again(capsys, data, copy, "--resume")
+    assert (code, contents(copy)) == (0, before)
+    assert "is complete" in text
+    (copy / "model.safetensors").write_bytes(b"")  # of the last checkpoint it is made again
+    assert again(capsys, data, copy, "--resume")[0] == 0
+    assert contents(copy).keys() == before.keys()
+    assert_same_run(copy, finished)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_before(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    os.truncate(copy / f"checkpoint-{STEPS}" / "optimizer.pt", 100)
+    code, text = again(capsys, data, copy, "--resume")
+    assert code == 0
+    assert f"checkpoint-{STEPS} is damaged: " in text
+    assert "optimizer.pt has 100 bytes" in text
+    assert "resuming from" in text
+    assert_same_run(copy, finished)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-grad-norm=5"], "max_grad_norm was 1.0 and is 5.0"),
+        (["--data-seed=1"], "data_seed was None and is 1"),
+        (["--cache-chunk=8"], "cache_chunk was 4 and is 8"),
+        (["--optim=sgd"], "optim was 'adamw_torch"),
+        ([], "fingerprint was"),
+    ],
+)
+def test_what_decides_the_run_may_not_change(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    caption = data / "007.txt"
+    text = caption.read_text()
+    try:
+        if not options:
+            caption.write_text(text.replace("square", "circle"))
+        code, printed = again(capsys, data, copy, "--resume", *options)
+    finally:
+        caption.write_text(text)
+    assert code == 1
+    assert message in printed
+
+
+def test_what_decides_nothing_may_change(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    code, _ = again(capsys, data, copy, "--resume", "--logging-steps=5", "--dataloader-num-workers=0")
+    assert code == 0
+
+
+def test_a_run_that_diverges_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = again(capsys, data, tmp_path, "--learning-rate=1e18", "--warmup-steps=0", "--save-steps=1")
+    assert code == 1
+    assert "the run has diverged: step " in text
+    good = last_checkpoint(tmp_path)
+    assert f"last good checkpoint is {good}" in text
+    assert all(weight.isfinite().all() for weight in load_file(good / "model.safetensors").values())
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def torchrun(data: Path, output_dir: Path, *extra: str) -> list[str]:

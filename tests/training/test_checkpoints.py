@@ -185,11 +185,25 @@ def test_older_checkpoints_go_when_the_new_one_is_on_the_disk(tmp_path: Path, mo
     monkeypatch.setattr(shutil, "rmtree", watched_rmtree)
     run_in(tmp_path, save_total_limit=1).train()
     removed = [entry for entry in done if entry.startswith("removed")]
-    assert removed == ["removed checkpoint-3", "removed checkpoint-6"]
-    before = done[: done.index("removed checkpoint-3")]
+    assert removed == ["removed .checkpoint-3", "removed .checkpoint-6"]
+    before = done[: done.index("removed .checkpoint-3")]
     for name in FILES:
         assert f"checkpoint-6/{name}" in before
     assert before[-1] == "."  # the entry of the folder, after all that is in it
+
+
+def test_a_kill_in_the_midst_of_removing_leaves_no_half_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            keep_newest(tmp_path, 1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    keep_newest(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_the_best_checkpoint_stays(tmp_path: Path) -> None:

@@ -190,7 +190,10 @@ def test_a_signal_may_fall_on_the_printing_of_the_bar(tmp_path: Path) -> None:
     assert run.code() == 128 + signal.SIGTERM
     assert b"SIGTERM: saving a checkpoint" in shown
     assert b"reentrant" not in shown
-    assert last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{stuck_at + 1}"
+    saved = last_checkpoint(tmp_path)
+    assert saved is not None
+    # of this step, or of the next when it was the loss of this one that was being shown
+    assert int(saved.name.removeprefix("checkpoint-")) - stuck_at in (1, 2)
     os.close(reader)
 
 

@@ -112,7 +112,8 @@ def run(arguments: Sequence[str]) -> int:
     make_record, default = _record(name, cls, options, data_args, args, dataset)
     started = folder.start(make_record, default)
     if started.complete:
-        print(f"the run in {output_dir} is complete")
+        if args.process_index == 0:
+            print(f"the run in {output_dir} is complete")
         return 0
 
     trainer = PretrainingTrainer(

@@ -55,7 +55,7 @@ def usable_checkpoint(
             continue  # a kill fell on its saving; the run writes it anew
         damage = damage_of(folder)
         if damage is None:
-            lacks = [name for name in _resume_files(world_size) if not (folder / name).exists()]
+            lacks = _lacks(folder, world_size)
             if lacks and not incomplete:
                 raise ValueError(
                     f"{folder} cannot be resumed from exactly: it has no {', '.join(lacks)}, as --save-only-model or"
@@ -129,7 +129,9 @@ def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) ->
         return
     for folder in _newest_first(output_dir)[limit:]:
         if best is None or folder.name != Path(best).name:
-            shutil.rmtree(folder)
+            folder.rename(folder.with_name(f".{folder.name}"))  # a kill must not leave half a checkpoint by its name
+    for folder in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(folder)
 
 
 def lock(output_dir: Path) -> IO[str]:
@@ -195,9 +197,12 @@ def _newest_first(output_dir: str | Path) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _resume_files(world_size: int) -> list[str]:
+def _lacks(folder: Path, world_size: int) -> list[str]:
+    """Files that a resumed run needs and that were not saved; DeepSpeed and FSDP keep their optimizer in folders."""
     states = [f"rng_state_{rank}.pth" for rank in range(world_size)] if world_size > 1 else ["rng_state.pth"]
-    return ["optimizer.pt", "scheduler.pt", *states]
+    needed = states if any(folder.glob("global_step*")) else ["scheduler.pt", *states]
+    lacking = [name for name in needed if not (folder / name).exists()]
+    return lacking if [*folder.glob("optimizer*"), *folder.glob("global_step*")] else ["optimizer.pt", *lacking]
 
 
 def _unreadable(folder: Path) -> str | None:
@@ -206,7 +211,7 @@ def _unreadable(folder: Path) -> str | None:
 
     if not _is_json(folder / STATE):
         return f"{folder / STATE} cannot be read"
-    if not [*folder.glob("*.safetensors"), *folder.glob("*.bin.index.json"), *folder.glob("pytorch_model.bin")]:
+    if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*")]:
         return f"{folder / 'model.safetensors'} is missing"
     for path in sorted(folder.iterdir()):
         try:
@@ -262,6 +267,8 @@ def _free_name(path: Path) -> Path:
 def is_over(checkpoint: str | Path, args: Any) -> bool:
     """Whether a checkpoint is of the last step that these TrainingArguments ask for."""
     state = json.loads((Path(checkpoint) / STATE).read_text())
+    if not isinstance(state, dict) or not {"global_step", "max_steps", "num_train_epochs"} <= set(state):
+        return False  # damaged, as will be found
     if args.max_steps > 0:
         return bool(state["global_step"] >= args.max_steps)
     return bool(state["global_step"] >= state["max_steps"] and args.num_train_epochs <= state["num_train_epochs"])

@@ -141,7 +141,10 @@ class PretrainingTrainer(Trainer):
             FloatingPointError: the loss, the gradients or the weights are not finite.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoints.last_checkpoint(self.args.output_dir) or True)
+            newest = checkpoints.last_checkpoint(self.args.output_dir)
+            if newest is None:
+                raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no complete checkpoint")
+            resume_from_checkpoint = str(newest)
         self._resumed_from = resume_from_checkpoint or None
         if self._resumed_from is not None and checkpoints.is_over(self._resumed_from, self.args):
             self._load_from_checkpoint(self._resumed_from)

@@ -93,7 +93,9 @@ def end_workers() -> None:
 def fate_of_workers(wait: float) -> str | None:
     """What became of a worker that has not ended by itself, in words, or None; looks again until `wait` seconds."""
     workers = [worker for worker in list(_started) if worker.pid is not None]
-    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=wait)
+    alive = [worker.sentinel for worker in workers if worker.is_alive()]
+    if alive and not any(worker.exitcode for worker in workers):
+        multiprocessing.connection.wait(alive, timeout=wait)
     for worker in workers:
         code = worker.exitcode
         if code == -signal.SIGKILL:
