@@ -110,6 +110,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_before(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = shutil.copytree(finished, tmp_path / "copy")
+    (copy / "files.json").unlink()  # as before the final model was saved
     os.truncate(copy / f"checkpoint-{STEPS}" / "optimizer.pt", 100)
     code, text = again(capsys, data, copy, "--resume")
     assert code == 0

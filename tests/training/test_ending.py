@@ -204,6 +204,10 @@ def test_a_signal_may_fall_on_the_printing_of_the_bar(tmp_path: Path) -> None:
     os.close(reader)
 
 
+def forked(folder: Path, where: str) -> int:
+    return stopping(folder, where, 600.0)
+
+
 def served(folder: Path, where: str) -> int:
     """With workers of a fork server, as in a group of processes."""
     workers.rank_and_world_size = lambda: (0, 2)
@@ -212,11 +216,7 @@ def served(folder: Path, where: str) -> int:
 
 @pytest.mark.parametrize(
     ("function", "where"),  # the workers are at work, or wait for more of it
-    [
-        (functools.partial(stopping, step_seconds=600.0), "start"),
-        (functools.partial(stopping, step_seconds=600.0), "step"),
-    ]
-    + [(served, "step")],
+    [(forked, "start"), (forked, "step"), (served, "step")],
     ids=["fork, at work", "fork, idle", "server, idle"],
 )
 def test_workers_and_fork_server_end_with_a_killed_process(tmp_path: Path, function: object, where: str) -> None:
