@@ -52,6 +52,28 @@ class ColourModel(nn.Module):
         return nn.functional.normalize((self.table[input_ids] * attention_mask[..., None]).sum(dim=1), dim=-1)
 
 
+class Matching(nn.Module):
+    """Only the cosine of an image and a caption, never features of one."""
+
+    def __init__(self, colours: Any) -> None:
+        super().__init__()
+        colours.eval()
+        self.colours = [colours]  # not a submodule
+        self.transform, self.collator = colours.transform, colours.collator
+        self.rows: list[int] = []
+
+    def match_scores(self, pixel_values: Any, input_ids: Any, attention_mask: Any) -> torch.Tensor:
+        self.rows.append(len(pixel_values))
+        image = self.colours[0].get_image_features(pixel_values)
+        return (image * self.colours[0].get_text_features(input_ids, attention_mask)).sum(dim=1)
+
+
+@pytest.fixture
+def matching_of() -> Any:
+    """A model of the cosines that a model of colours has."""
+    return Matching
+
+
 @pytest.fixture
 def model() -> ColourModel:
     return ColourModel()

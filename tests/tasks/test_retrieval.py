@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 from typing import Any
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from vlmfast.data import Collator
-from vlmfast.tasks.retrieval import evaluate
+from vlmfast.tasks.retrieval import Retrieval, RetrievalOptions, evaluate
 
 TEMPLATES = ["{}", "a {}"]
 
@@ -122,3 +123,47 @@ def test_table(model: Any, colours: Any, tokenizer: Any) -> None:
 def test_a_bad_template_is_reported_before_the_work(model: Any, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="templates"):
         evaluate(model, None, Collator(tokenizer, max_length=4), templates=["a photo"])
+
+
+def test_by_matching_alone_a_gallery_is_drawn(
+    model: Any, matching_of: Any, colours: Any, tokenizer: Any, tmp_path: Any
+) -> None:
+    source = str(tmp_path / "pairs-000.tar")
+    red, blue = tokenizer.convert_tokens_to_ids(["red", "blue"])
+    with torch.no_grad():
+        model.table[[red, blue]] = model.table[[blue, red]]
+    matching = matching_of(model)
+    scores = Retrieval().evaluate(matching, source, tokenizer, None, batch_size=4)
+    by_features = Retrieval().evaluate(model, source, tokenizer, None)
+    assert scores.metrics == {
+        name: value for name, value in by_features.metrics.items() if not name.startswith("zero_shot")
+    }
+    assert scores.image_to_text.median_rank == by_features.image_to_text.median_rank
+    assert max(matching.rows) == 4  # six captions to an image, four pairs at a time
+    assert scores.to_dict()["num_pairs"] == scores.to_dict()["arguments"]["gallery"] == 6
+    assert scores.to_dict()["skipped"] == {"corrupt image": 1, "empty caption": 2}
+    scores.report(tmp_path / "report.png")
+    few = Retrieval(RetrievalOptions(gallery=5)).evaluate(matching, source, tokenizer, None)
+    assert 1 <= few.to_dict()["num_pairs"] < 6
+
+
+def test_ranking_again_mends_what_is_among_the_nearest(
+    model: Any, matching_of: Any, colours: Any, tokenizer: Any, tmp_path: Any
+) -> None:
+    """Features take red for orange and blue for red, matching knows all of them."""
+    source = str(tmp_path / "pairs-000.tar")
+    model.match_scores = matching_of(copy.deepcopy(model)).match_scores
+    red, orange = tokenizer.convert_tokens_to_ids(["red", "orange"])
+    with torch.no_grad():
+        model.table[[red, orange]] = model.table[[orange, red]]
+    plain = Retrieval().evaluate(model, source, tokenizer, None)
+    assert plain.metrics["image_to_text_R@1"] == pytest.approx(4 / 6)
+    again = Retrieval(RetrievalOptions(rerank=2)).evaluate(model, source, tokenizer, None)
+    assert again.metrics["image_to_text_R@1"] == again.metrics["text_to_image_R@1"] == 1.0
+    assert again.zero_shot is not None
+    # One candidate has nothing to be ranked against.
+    one = Retrieval(RetrievalOptions(rerank=1)).evaluate(model, source, tokenizer, None)
+    assert one.metrics["image_to_text_R@1"] == pytest.approx(4 / 6)
+    del model.match_scores
+    with pytest.raises(TypeError, match="--rerank: expected a model with match_scores; ColourModel lacks it"):
+        Retrieval(RetrievalOptions(rerank=2)).evaluate(model, source, tokenizer, None)

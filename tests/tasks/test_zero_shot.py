@@ -89,26 +89,13 @@ def test_bad_arguments_are_named(call: Any, error: type[Exception], message: str
         call()
 
 
-class Matching(torch.nn.Module):
-    """Only the cosine of an image and a caption, never features of one."""
-
-    def __init__(self, colours: Any) -> None:
-        super().__init__()
-        self.colours = [colours]  # not a submodule
-        self.transform, self.collator = colours.transform, colours.collator
-        self.rows: list[int] = []
-
-    def match_scores(self, pixel_values: Any, input_ids: Any, attention_mask: Any) -> torch.Tensor:
-        self.rows.append(len(pixel_values))
-        image = self.colours[0].get_image_features(pixel_values)
-        return (image * self.colours[0].get_text_features(input_ids, attention_mask)).sum(dim=1)
-
-
-def test_the_task_by_features_and_by_matching(model: Any, write_pairs: Any, tokenizer: Any, tmp_path: Any) -> None:
+def test_the_task_by_features_and_by_matching(
+    model: Any, matching_of: Any, write_pairs: Any, tokenizer: Any, tmp_path: Any
+) -> None:
     colours = ("red", "green", "blue", "orange", "cyan", "blue", "yellow")
     write_pairs(*[(colour, colour) for colour in colours])
     source = str(tmp_path / "pairs-000.tar")
-    matching = Matching(model.eval())
+    matching = matching_of(model)
     scores = {
         m: ZeroShotClassification().evaluate(m, source, tokenizer, None, batch_size=36) for m in (model, matching)
     }

@@ -7,7 +7,7 @@ chance stands beside the scores, and no second pass is made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, ClassVar, Literal
 
@@ -15,9 +15,10 @@ import torch
 
 from vlmfast.tasks.batches import place
 from vlmfast.tasks.encode import Features, encode_dataset
+from vlmfast.tasks.matching import match_matrix
 from vlmfast.tasks.scores import Scores, align, listed, percent, versions
-from vlmfast.tasks.search import Recall, caption_groups, recall_at_k
-from vlmfast.tasks.task import Run, Task
+from vlmfast.tasks.search import Recall, caption_groups, recall_at_k, top_k
+from vlmfast.tasks.task import Options, Run, Task
 from vlmfast.tasks.zero_shot import TEMPLATES, ZeroShot, prompts, zero_shot_rows, zero_shot_scores
 
 
@@ -131,13 +132,7 @@ def evaluate(
         progress=progress,
     )
     groups = caption_groups(features.captions) if positives == "caption" else torch.arange(len(features.captions))
-    ks = [k for k in (1, 5, 10) if k <= len(features.captions)]
-    # Scores are summed in float64, which some accelerators lack.
-    home = device if device.type == "cuda" else torch.device("cpu")
-    image, text = features.image.to(home), features.text.to(home)
-    image_to_text = recall_at_k(image, text, ks=ks, positives=(groups, groups))
-    text_to_image = recall_at_k(text, image, ks=ks, positives=(groups, groups))
-
+    image_to_text, text_to_image = _recalls(features, groups, device)
     zero_shot = None
     if len({category for category in features.categories if category is not None}) > 1:
         zero_shot = zero_shot_scores(
@@ -162,14 +157,51 @@ def _recall_dict(scores: Recall) -> dict[str, Any]:
     }
 
 
-class Retrieval(Task):
-    """R@1, 5, 10 in both directions; zero-shot classification besides where the samples have two categories or more."""
+def _recalls(features: Features, groups: torch.Tensor, device: torch.device) -> tuple[Recall, Recall]:
+    """Of both directions."""
+    ks = [k for k in (1, 5, 10) if k <= len(features.captions)]
+    # Scores are summed in float64, which some accelerators lack.
+    home = device if device.type == "cuda" else torch.device("cpu")
+    image, text = features.image.to(home), features.text.to(home)
+    return (
+        recall_at_k(image, text, ks=ks, positives=(groups, groups)),
+        recall_at_k(text, image, ks=ks, positives=(groups, groups)),
+    )
 
-    methods: ClassVar = (("get_image_features", "get_text_features"),)
+
+@dataclass
+class RetrievalOptions(Options):
+    """Flags of `vlmfast eval --task retrieval`."""
+
+    rerank: int = field(
+        default=0,
+        metadata={"help": "How many of the nearest are ranked again by match_scores, in each direction."},
+    )
+    gallery: int = field(
+        default=100,
+        metadata={"help": "Pairs that a model is scored on that has match_scores alone: every image with every text."},
+    )
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("rerank", self.rerank, 0), ("gallery", self.gallery, 1)):
+            if value < least:
+                raise ValueError(f"--{name}: expected at least {least}, got {value}")
+
+
+class Retrieval(Task):
+    """R@1, 5, 10 in both directions; zero-shot classification besides where the samples have two categories or more.
+
+    A model with `match_scores` alone is scored on a gallery of pairs, drawn with a fixed seed.
+    """
+
+    Options = RetrievalOptions
+    methods: ClassVar = (("get_image_features", "get_text_features"), ("match_scores",))
     requires: ClassVar = ("caption",)
 
     def score(self, run: Run) -> Evaluation:
-        return evaluate(
+        if not all(hasattr(run.model, name) for name in self.methods[0]):
+            return self._by_matching(run)
+        found = evaluate(
             run.model,
             run.dataset,
             run.model.collator(run.model_options, run.tokenizer, train=False),
@@ -177,4 +209,52 @@ class Retrieval(Task):
             num_workers=run.num_workers,
             device=run.device,
             progress=run.progress,
+        )
+        return self._ranked_again(run, found) if self.options.rerank else found
+
+    def _ranked_again(self, run: Run, found: Evaluation) -> Evaluation:
+        """With the nearest of each query in the order of their match_scores, before all others."""
+        if not callable(getattr(run.model, "match_scores", None)):
+            raise TypeError(f"--rerank: expected a model with match_scores; {type(run.model).__name__} lacks it")
+        features = found.features
+        k = min(self.options.rerank, len(features.captions))
+        wanted = torch.zeros(len(features.captions), len(features.captions), dtype=torch.bool)
+        wanted.scatter_(1, top_k(features.image, features.text, k)[1], True)
+        wanted.T.scatter_(1, top_k(features.text, features.image, k)[1], True)
+        matched = match_matrix(run, features.indices, features.captions, wanted)
+        # Cosines are at most 1; a match is at most its best, so that all of them stand between 2 and 3, in order.
+        above = 2 + 1 / (1 + matched[wanted].max() - matched)
+        scores = torch.where(wanted, above, features.image @ features.text.T)
+        return self._of_scores(found, scores, features, run, rerank=k)
+
+    def _by_matching(self, run: Run) -> Evaluation:
+        order = torch.randperm(len(run.dataset), generator=torch.Generator().manual_seed(0)).tolist()
+        chosen = [run.dataset[index] is not None and index for index in sorted(order[: self.options.gallery])]
+        indices = run.some([index for index in chosen if index is not False])
+        keys, captions, categories = zip(*(run.dataset.metadata(index) for index in indices), strict=True)
+        wanted = torch.ones(len(indices), len(indices), dtype=torch.bool)
+        scores = match_matrix(run, indices, captions, wanted)
+        features = Features(
+            scores, scores, list(captions), list(keys), list(categories), indices, dict(run.dataset.skipped())
+        )
+        arguments = {"batch_size": run.batch_size, "device": str(run.device), "positives": "caption"}
+        groups = caption_groups(captions)
+        empty = Recall({}, {}, 0.0, 0, 0)
+        made = Evaluation(empty, empty, None, arguments, groups, features, run.dataset)
+        return self._of_scores(made, scores, features, run, gallery=len(indices))
+
+    @staticmethod
+    def _of_scores(found: Evaluation, scores: torch.Tensor, features: Features, run: Run, **how: int) -> Evaluation:
+        """An evaluation whose ranking is that of scores (N, N), images by texts.
+
+        The scores stand for the features of images, and unit vectors for those of texts: their products are the scores.
+        """
+        features = replace(features, image=scores, text=torch.eye(len(scores)))
+        image_to_text, text_to_image = _recalls(features, found.groups, run.device)
+        return replace(
+            found,
+            image_to_text=image_to_text,
+            text_to_image=text_to_image,
+            features=features,
+            arguments={**found.arguments, **how},
         )
