@@ -62,6 +62,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("sigmoid_loss_forward", &vlmfast::sigmoid_loss_forward, release());
   m.def("media_attention_forward", &vlmfast::media_attention_forward, release());
   m.def("media_attention_backward", &vlmfast::media_attention_backward, release());
+  m.def("linear_cross_entropy_forward", &vlmfast::linear_cross_entropy_forward, release());
+  m.def("linear_cross_entropy_backward", &vlmfast::linear_cross_entropy_backward, release());
   m.def("gated_residual_forward", &vlmfast::gated_residual_forward, release());
   m.def("gated_residual_backward", &vlmfast::gated_residual_backward, release());
 #ifdef VLMFAST_CUDA_ARCHS

@@ -98,20 +98,31 @@ float limit_beside(const at::Tensor& values) {
 
 }  // namespace
 
-FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool with_dot, bool image_grad, bool text_grad)
+FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool with_dot, bool image_grad, bool text_grad,
+                           TileOrder order)
     : n(image.size(0)),
       m(text.size(0)),
       dim(image.size(1)),
+      order(order),
       operands_(image.scalar_type() == at::kFloat                                ? kFloat32
                 : image.scalar_type() == at::kBFloat16 && wants_bf16_schedule() ? kBFloat16
                 : wants_int16_schedule()                                        ? kInt16
                                                                                 : kFloat32) {
-  const int64_t most_bands = std::min({int64_t(at::get_num_threads()), ceil_div(n, 64), ceil_div(m, kCols)});
+  int64_t most_bands = std::min(int64_t(at::get_num_threads()), ceil_div(n, 64));
+  copies = 1;
+  if (order == TileOrder::kByRows) {
+    constexpr int64_t budget = 64 << 20;  // bytes of all copies, where fewer do as well
+    const int64_t fewest = ceil_div(most_bands, ceil_div(m, kCols)), in_budget = budget / (4 * m * dim);
+    copies = std::clamp(in_budget, fewest, most_bands);
+    most_bands -= most_bands % copies;
+  }
+  most_bands = std::min(most_bands, copies * ceil_div(m, kCols));
   band_rows = even(ceil_div(n, std::max<int64_t>(1, most_bands)));
   bands = ceil_div(n, band_rows);
+  blocks = order == TileOrder::kSquare ? bands : most_bands / copies;
   tile_rows = equal_steps(band_rows);
   // The columns of the widest band, which the others wait for.
-  const auto widest = [&](int64_t cols) { return std::min(m, ceil_div(ceil_div(m, cols), bands) * cols); };
+  const auto widest = [&](int64_t cols) { return std::min(m, ceil_div(ceil_div(m, cols), blocks) * cols); };
   tile_cols = widest(kMostCols) > widest(kCols) ? kCols : kMostCols;
   if (operands_ == kFloat32) {
     image_ = image.to(at::kFloat).contiguous();
@@ -157,8 +168,12 @@ void FeatureTiles::dot(const Tile& tile, float* out) const {
 }
 
 void FeatureTiles::add_gradients(const Tile& tile, const float* values, float* scratch, float* d_image, float* d_text) const {
-  float* image_rows = d_image ? d_image + tile.row * dim : nullptr;
-  float* text_rows = d_text ? d_text + tile.col * dim : nullptr;
+  add_to_rows(tile, values, scratch, d_image ? d_image + tile.row * dim : nullptr,
+              d_text ? d_text + tile.col * dim : nullptr);
+}
+
+void FeatureTiles::add_to_rows(const Tile& tile, const float* values, float* scratch, float* image_rows,
+                               float* text_rows) const {
   // Products of 16 bits go over pairs; the second of the last pair may be none, and what stands there must be finite: 0, or what
   // another product has left.
   if (operands_ != kFloat32 && tile.cols % 2) std::fill_n(scratch, tile_rows * tile_cols, 0.0f);

@@ -35,6 +35,11 @@ def attention(dtype: torch.dtype, dim: int = 8, **options: Any) -> Tensor:
     return ops.media_attention(q, kv, kv, **options)
 
 
+def entropy(dtype: torch.dtype, **options: Any) -> Tensor:
+    hidden, weight = torch.ones(4, 8, dtype=dtype, requires_grad=True), torch.ones(5, 8, dtype=dtype)
+    return ops.linear_cross_entropy(hidden, weight, IDS, **options)
+
+
 def embedded(dtype: torch.dtype, pixels: torch.dtype | None = None, layout: str = "NCHW", **options: Any) -> Tensor:
     shape = (2, 3, 4, 4) if layout == "NCHW" else (2, 4, 4, 3)
     images = torch.ones(shape, dtype=pixels or dtype)
@@ -65,6 +70,12 @@ VARIANTS: dict[str, dict[str, Call]] = {
         "square": lambda dtype: ops.sigmoid_loss(*pair(dtype), -1.0),
         "rectangle, `label_offset`": lambda dtype: ops.sigmoid_loss(*pair(dtype, 2, 4), -1.0, label_offset=1),
         "`groups`": lambda dtype: ops.sigmoid_loss(*pair(dtype), -1.0, groups=(IDS, IDS)),
+    },
+    "linear_cross_entropy": {
+        "no bias": entropy,
+        "`bias`": lambda dtype: entropy(dtype, bias=torch.ones(5, dtype=dtype, requires_grad=True)),
+        "`label_smoothing`": lambda dtype: entropy(dtype, label_smoothing=0.1),
+        '`reduction="none"`': lambda dtype: entropy(dtype, reduction="none"),
     },
     "patch_embed": {
         "pixels of the weight's dtype": embedded,

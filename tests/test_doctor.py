@@ -13,7 +13,7 @@ from vlmfast import doctor
 from vlmfast.cli import main
 from vlmfast.cli.doctor import lines
 
-OPS = {"info_nce", "sigmoid_loss", "patch_embed", "media_attention", "gated_residual"}
+OPS = {"info_nce", "sigmoid_loss", "linear_cross_entropy", "patch_embed", "media_attention", "gated_residual"}
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 
 

@@ -94,6 +94,24 @@ def _loss(*scalars: float, units: int) -> Maker:
     return make
 
 
+def _linear_cross_entropy(dtype: torch.dtype, device: str, large: bool) -> Problem:
+    """A language model's head; a third of the rows has no label."""
+    rows, dim, words = (8192, 768, 50257) if large else (200, 72, 500)
+    shapes = {"hidden": (rows, dim), "weight": (words, dim), "bias": (words,)}
+    leaves = {name: torch.randn(shape) for name, shape in shapes.items()}
+    leaves["weight"] /= dim**0.5
+    labels = torch.randint(words, (rows,)).masked_fill(torch.rand(rows) < 0.33, -100)
+    with_label = int((labels != -100).sum())
+    return Problem(
+        {name: t.to(device, dtype) for name, t in leaves.items()},
+        ROUNDING[torch.float32] * 2,
+        (2.0**-22, *[2.0**-22 / with_label] * 3),
+        6.0 * with_label * words * dim,
+        2 * (2 * rows + 2 * words) * dim * dtype.itemsize,
+        {"labels": labels.to(device)},
+    )
+
+
 def _patch_embed(dtype: torch.dtype, device: str, large: bool) -> Problem:
     """uint8 pixels (B, H, W, 3) to tokens, with a class token and positions."""
     batch, side, patch_size, width = (256, 224, 16, 768) if large else (3, 42, 14, 40)
@@ -154,6 +172,7 @@ def _gated_residual(dtype: torch.dtype, device: str, large: bool) -> Problem:
 MAKERS: dict[str, Maker] = {
     "info_nce": _loss(20.0, units=6),
     "sigmoid_loss": _loss(10.0, -10.0, units=6),
+    "linear_cross_entropy": _linear_cross_entropy,
     "patch_embed": _patch_embed,
     "media_attention": _media_attention,
     "gated_residual": _gated_residual,

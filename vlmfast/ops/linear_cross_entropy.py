@@ -243,7 +243,7 @@ def _labels_within(labels: Tensor, part: slice) -> tuple[Tensor, Tensor]:
     return row, labels[row] - part.start
 
 
-IMPLS = {"torch": Impl(reference_forward, reference_backward)}
+IMPLS = {"cpu": Impl.cpu("linear_cross_entropy"), "torch": Impl(reference_forward, reference_backward)}
 
 
 def _rows(labels: Tensor, ignore_index: int, words: int) -> tuple[Tensor | None, Tensor]:
