@@ -331,10 +331,13 @@ MODELS = {
     ),
     "vit": Known(vit, {"vit.embeddings": "ViTEmbeddings"}),
     "idefics": Known(
-        idefics, {f"model.gated_cross_attn_layers.{i}": "IdeficsGatedCrossAttentionLayer" for i in range(2)}
+        idefics, {f"model.gated_cross_attn_layers.{i}": "IdeficsGatedCrossAttentionLayer" for i in range(2)}, ("",)
     ),
-    "mllama": Known(mllama, {"model.language_model.layers.1": "MllamaCrossAttentionDecoderLayer"}),
-    "qwen2-vl": Known(qwen2_vl, {"model.visual.patch_embed": "PatchEmbed"}),
+    "mllama": Known(
+        mllama,
+        {"": "MllamaForConditionalGeneration", "model.language_model.layers.1": "MllamaCrossAttentionDecoderLayer"},
+    ),
+    "qwen2-vl": Known(qwen2_vl, {"": "Qwen2VLForConditionalGeneration", "model.visual.patch_embed": "PatchEmbed"}),
     "timm": Known(timm_vit, {"model.patch_embed": "PatchEmbed"}),
     "naflex": Known(naflex, {"model.embeds": "NaFlexEmbeds"}),
     "naflex, convolution": Known(naflex_convolution, {"model.embeds": "NaFlexEmbeds"}),

@@ -22,7 +22,15 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vlmfast.kernels import gated_residual, info_nce, media_attention, pairs, patch_embed, sigmoid_loss
+from vlmfast.kernels import (
+    gated_residual,
+    info_nce,
+    linear_cross_entropy,
+    media_attention,
+    pairs,
+    patch_embed,
+    sigmoid_loss,
+)
 
 TABLE = Path(__file__).with_name("resources.json")
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -36,6 +44,7 @@ INTEGERS = (
     "stride", "row_stride", "col_stride", "row_tiles", "col_tiles", "other_count",
     "total", "per_split", "taken", "columns", "height", "width", "embed", "prefix", "sb", "sc", "sh", "sw",
     "position_image", "position_token", "position_embed", "grad_image", "grad_token", "grad_embed",
+    "words", "first_word", "chunk_words",
     "heads", "group", "length", "num_media", "tokens_per_media", "count", "per_program",
     *(f"{name}_{axis}" for name in "goqkv" for axis in "bhl"), *(f"{name}_row" for name in "ghr"),
 )  # fmt: skip
@@ -92,7 +101,25 @@ def kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:
     found["info_nce normalise"] = (Kernel(info_nce.normalise_kernel, flags, types), side)
     types = dict.fromkeys(("features", "out", "other_out"), "*bf16")
     found["info_nce finish"] = (Kernel(pairs.finish_kernel, {"BLOCK": pairs.FINISHED, "STORE": True}, types), side)
+    found |= linear_cross_entropy_kernels(capability)
     return found | patch_embed_kernels(capability) | media_attention_kernels(capability) | gated_residual_kernels()
+
+
+def linear_cross_entropy_kernels(capability: int) -> dict[str, tuple[Kernel, linear_cross_entropy.Config]]:
+    """bfloat16, and float32 by TF32 or in float32."""
+    found = {}
+    for pointer, precision in (("*bf16", "ieee"), ("*fp32", "tf32"), ("*fp32", "bf16x6")):
+        config = linear_cross_entropy.config_for(capability, pointer == "*fp32")
+        constants = {name: value for name, value in config.options.items() if name.startswith("BLOCK")}
+        constants |= {"BIAS": True, "PRECISION": precision}
+        types = dict.fromkeys(("x", "weight", "out"), pointer) | {"labels": "*i64"}
+        for name, function in (
+            ("sums", linear_cross_entropy.sums_kernel),
+            ("gradient", linear_cross_entropy.gradient_kernel),
+        ):
+            title = f"linear_cross_entropy {name}, {'bf16' if pointer == '*bf16' else precision}"
+            found[title] = (Kernel(function, constants, types), config)
+    return found
 
 
 def patch_embed_kernels(capability: int) -> dict[str, tuple[Kernel, pairs.Config]]:

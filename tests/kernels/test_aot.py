@@ -56,6 +56,17 @@ def test_the_table_keeps_within_the_limits(capability: int) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_linear_cross_entropy_keeps_within_the_limits(capability: int) -> None:
+    rows = {name: row for name, row in TABLE[f"sm_{capability}"].items() if name.startswith("linear_cross_entropy")}
+    assert len(rows) == 6
+    for name, row in rows.items():
+        assert row["registers"] <= 255, name
+        assert (row["stack"], row["spills"]) == (0, 0), name
+        assert row["shared"] <= SHARED_LIMIT[capability], name
+        assert row["matrix"] != "none", name
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_patch_embed_keeps_within_the_limits(capability: int) -> None:
     rows = {name: row for name, row in TABLE[f"sm_{capability}"].items() if name.startswith("patch_embed")}
     assert len(rows) == 12

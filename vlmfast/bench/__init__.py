@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vlmfast.bench.harness import Bench
 
-NAMES = ("info_nce", "sigmoid_loss", "patch_embed", "media_attention", "step")
+NAMES = ("info_nce", "sigmoid_loss", "linear_cross_entropy", "patch_embed", "media_attention", "step")
 
 
 def load(name: str) -> Bench:

@@ -46,6 +46,8 @@ def rules_for(model: nn.Module) -> Iterator[Rule]:
     for library, rules in LIBRARIES.items():
         if library in libraries:
             yield from rules()
+    if "transformers" in libraries:
+        yield from import_module("vlmfast.integrations.language_models").rules(model)
 
 
 def _transformers() -> Iterator[Rule]:

@@ -32,6 +32,7 @@ def _load_core() -> tuple[Any, str | None]:
 
 
 core, CORE_MISSING = _load_core()
+OUTDATED = "the C++ extension is older than this package; install again"
 cuda_core = getattr(core, "cuda", None)
 """The part of the extension for GPUs, or None. Tests put one there whose kernels run on CPU tensors."""
 
@@ -54,7 +55,8 @@ class Impl:
     def cpu(cls: type[AnyImpl], op: str, **others: Callable[..., Any]) -> AnyImpl:
         """The C++ backend, `<op>_forward` and `<op>_backward` of vlmfast._C, with `others` in place or besides."""
         functions = {name: cpu_function(f"{op}_{name}") for name in ("forward", "backward")}
-        return cls(**{**functions, "unsupported": cpu_unsupported, **others})
+        outdated = core is not None and not hasattr(core, f"{op}_forward")
+        return cls(**{**functions, "unsupported": (lambda *args: OUTDATED) if outdated else cpu_unsupported, **others})
 
     @classmethod
     def triton(cls: type[AnyImpl], op: str, **others: Callable[..., Any]) -> AnyImpl:
@@ -76,7 +78,7 @@ def cpu_function(name: str) -> Callable[..., Any]:
 
 
 def _missing(*args: object) -> NoReturn:
-    raise RuntimeError(CORE_MISSING or "the C++ extension is older than this package; install again")
+    raise RuntimeError(CORE_MISSING or OUTDATED)
 
 
 def triton_function(op: str, name: str) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from vlmfast.ops._arguments import DTYPES
 from vlmfast.ops._define import define, without_autocast
-from vlmfast.ops._dispatch import Impl, choose
+from vlmfast.ops._dispatch import Impl, choose, triton_function
 
 LOG2E = math.log2(math.e)
 PANEL = 256  # kMostCols of csrc/tiles.h
@@ -243,7 +243,19 @@ def _labels_within(labels: Tensor, part: slice) -> tuple[Tensor, Tensor]:
     return row, labels[row] - part.start
 
 
-IMPLS = {"cpu": Impl.cpu("linear_cross_entropy"), "torch": Impl(reference_forward, reference_backward)}
+def _triton_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, kept_rows: int) -> Any:
+    """The kernels keep nothing; on CPU tensors, in the interpreter, another backend may be to read what was kept."""
+    stats = triton_function("linear_cross_entropy", "forward")(hidden, weight, bias, labels)
+    if kept_rows:
+        return stats, reference_forward(hidden, weight, bias, labels, kept_rows)[1]
+    return stats, hidden.new_empty(0, dtype=torch.float32)
+
+
+IMPLS = {
+    "cpu": Impl.cpu("linear_cross_entropy"),
+    "triton": Impl.triton("linear_cross_entropy", forward=_triton_forward),
+    "torch": Impl(reference_forward, reference_backward),
+}
 
 
 def _rows(labels: Tensor, ignore_index: int, words: int) -> tuple[Tensor | None, Tensor]:
