@@ -98,6 +98,7 @@ def test_a_frozen_head_gets_no_gradient_and_a_tied_one_both() -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
     vlmfast.patch(model)
     torch.testing.assert_close(results(model, inputs), results(original, inputs), rtol=1e-4, atol=1e-6)
+    model.zero_grad()
     model.requires_grad_(False)
     embeddings = torch.randn(3, 7, 32, requires_grad=True)
     model(inputs_embeds=embeddings, labels=inputs["labels"]).loss.backward()

@@ -83,7 +83,7 @@ def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     hidden, weight, bias, labels = problem(12, 4, 9)
     x, w = (t.to(dtype).requires_grad_() for t in (hidden, weight))
     for arguments in (
-        (x, w, None, labels, -100, 0.0, True),
+        (x, w, None, labels.clamp(min=0), -100, 0.0, True),  # without ignored rows all that is kept is written
         (x, w, bias.requires_grad_(), labels, -100, 0.1, False),
         (x, w.detach(), None, torch.full_like(labels, -1), -1, 0.0, False),
     ):
@@ -196,3 +196,22 @@ def test_bad_input_is_named(change: dict[str, object], error: type[Exception], m
     }  # fmt: skip
     with pytest.raises(error, match=f"^linear_cross_entropy: .*{message}"):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "dim", "vocabulary"), [(2300, 1024, 700), (40, 24, 4100), (300, 24, 130)])
+def test_any_number_of_threads(rows: int, dim: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """Of the hidden gradient there are as many copies as threads, or fewer where they are large, or few rows."""
+    hidden, weight, labels = words(rows, dim, vocabulary)
+    inputs = hidden.to(dtype), weight.to(dtype)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 7):
+            torch.set_num_threads(threads)
+            found.append(loss_and_gradients(lambda x, w: linear_cross_entropy(x, w, labels), inputs))
+    finally:
+        torch.set_num_threads(before)
+    for one, many in zip(*found, strict=True):
+        tolerance = 2e-6 if dtype == torch.float32 else 1e-2  # in 16 bits a sum rounds one way or the other
+        torch.testing.assert_close(many, one, rtol=0, atol=tolerance * one.abs().max().item())

@@ -72,10 +72,11 @@ class _Forward:
         try:
             output = original(instead, *args, **kwargs)
         except Exception:
-            if instead.is_clear():
+            # Of hidden states that were taken for logits, or else the caller's.
+            if instead.lm_head.hidden is None or instead._vlmfast_fused:
                 raise
             output = None
-        if output is None or not instead.fused:
+        if output is None or not instead._vlmfast_fused:
             self.works = False
             warnings.warn(
                 f"vlmfast.patch: {type(model).__name__} does more with its logits than give them to loss_function; "
@@ -90,16 +91,12 @@ class _Instead:
     """What a model's forward takes for the model: an lm_head that gives its input, and a loss that knows of it."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        # Of names that no model has: all others are its own.
+        self._vlmfast_model, self._vlmfast_fused = model, False
         self.lm_head = _Head(model.lm_head)
-        self.fused = False
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def is_clear(self) -> bool:
-        """Whether hidden states have not been taken for logits, or were given to our loss: errors are the caller's."""
-        return self.lm_head.hidden is None or self.fused
+        return getattr(self._vlmfast_model, name)
 
     def loss_function(
         self,
@@ -114,7 +111,7 @@ class _Instead:
         head, hidden = self.lm_head.head, self.lm_head.hidden
         if hidden is None or logits is not hidden or vocab_size != head.weight.shape[0]:
             raise ValueError("something was done with the logits")
-        self.fused = True
+        self._vlmfast_fused = True
         targets = labels if shift_labels is None else shift_labels
         return language_model_loss(
             hidden,
