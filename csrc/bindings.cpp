@@ -47,7 +47,7 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   // Another number whenever a function's arguments or results change: vlmfast/ops/_dispatch.py takes its own alone.
-  m.attr("INTERFACE") = 2;
+  m.attr("INTERFACE") = 3;
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("build_info", &build_info, "Instruction set in use, and what the extension was built with.");
   m.def("tile_product_gflops", &vlmfast::tile_product_gflops, "For benchmarks: see csrc/ops.h.", release());

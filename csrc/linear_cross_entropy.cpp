@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "held_buffers.h"
 #include "ops.h"
 #include "tiles.h"
 

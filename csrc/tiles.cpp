@@ -5,6 +5,7 @@
 #include <cmath>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "held_buffers.h"
 
@@ -113,13 +114,14 @@ FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool
   if (order == TileOrder::kByRows) {
     constexpr int64_t budget = 64 << 20;  // bytes of all copies, where fewer do as well
     const int64_t fewest = ceil_div(most_bands, ceil_div(m, kCols)), in_budget = budget / (4 * m * dim);
-    copies = std::clamp(in_budget, fewest, most_bands);
-    most_bands -= most_bands % copies;
+    blocks = ceil_div(most_bands, std::clamp(in_budget, fewest, most_bands));
+    copies = most_bands / blocks;
+    most_bands = copies * blocks;
   }
   most_bands = std::min(most_bands, copies * ceil_div(m, kCols));
-  band_rows = even(ceil_div(n, std::max<int64_t>(1, most_bands)));
+  band_rows = even(ceil_div(n, most_bands));
   bands = ceil_div(n, band_rows);
-  blocks = order == TileOrder::kSquare ? bands : most_bands / copies;
+  if (order == TileOrder::kSquare) blocks = bands;
   tile_rows = equal_steps(band_rows);
   // The columns of the widest band, which the others wait for.
   const auto widest = [&](int64_t cols) { return std::min(m, ceil_div(ceil_div(m, cols), blocks) * cols); };
@@ -142,7 +144,11 @@ FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool
     panels_ = column_panels(in_pairs(cols), tile_cols);
   }
   if (image_grad) text_row_pairs_ = row_pairs(cols);
-  if (text_grad) image_row_pairs_ = row_pairs(rows);
+  if (!text_grad) return;
+  // A band that goes over all columns at once needs pairs of few rows at a time: not a copy of all.
+  pairs_by_band_ = operands_ == kBFloat16 && order == TileOrder::kByRows && blocks == 1;
+  if (pairs_by_band_) image_ = image_.defined() ? image_ : in_pairs(rows);
+  image_row_pairs_ = pairs_by_band_ ? at::empty({bands, tile_rows / 2, dim}, at::kFloat) : row_pairs(rows);
 }
 
 at::Tensor gradient_sums(int64_t rows, int64_t dim, bool returned) {
@@ -187,6 +193,19 @@ void FeatureTiles::add_to_rows(const Tile& tile, const float* values, float* scr
   }
 }
 
+const float* FeatureTiles::image_pairs(const Tile& tile) const {
+  if (!pairs_by_band_) return image_row_pairs_.const_data_ptr<float>() + tile.row / 2 * dim;
+  float* pairs = image_row_pairs_.mutable_data_ptr<float>() + tile.band * (tile_rows / 2) * dim;
+  if (!tile.first_of_rows) return pairs;
+  const int64_t stride = image_.size(1);
+  const auto* rows = static_cast<const uint16_t*>(image_.const_data_ptr()) + tile.row * stride;
+  const std::vector<uint16_t> zeros(tile.rows % 2 ? dim : 0);
+  for (int64_t i = 0; i < tile.rows; i += 2)
+    kernels().interleave(rows + i * stride, i + 1 < tile.rows ? rows + (i + 1) * stride : zeros.data(), dim,
+                         reinterpret_cast<uint16_t*>(pairs + i / 2 * dim));
+  return pairs;
+}
+
 void FeatureTiles::add_float32(const Tile& tile, const float* values, float* image_rows, float* text_rows) const {
   if (text_rows)
     transposed_gemm(tile.cols, dim, tile.rows, values, tile_cols, image_.const_data_ptr<float>() + tile.row * dim, dim,
@@ -200,7 +219,7 @@ void FeatureTiles::add_bfloat16(const Tile& tile, const float* values, float* sc
                                 float* text_rows) const {
   auto* rounded = reinterpret_cast<at::BFloat16*>(scratch);
   if (text_rows) {
-    const auto* right = halves<at::BFloat16>(image_row_pairs_.const_data_ptr<float>()) + tile.row * dim;
+    const auto* right = halves<at::BFloat16>(image_pairs(tile));
     kernels().pair_rows(values, tile_cols, tile.rows, tile.cols, scratch, tile_cols);
     transposed_gemm(tile.cols, dim, even(tile.rows), rounded, tile_cols, right, dim, text_rows, dim, !tile.first_of_cols);
   }
@@ -216,7 +235,7 @@ void FeatureTiles::add_int16(const Tile& tile, const float* values, float* scrat
   auto* counts = reinterpret_cast<int16_t*>(scratch);
   float steps[cpu::kMaxTile];
   if (text_rows) {
-    const auto* right = halves<int16_t>(image_row_pairs_.const_data_ptr<float>()) + tile.row * dim;
+    const auto* right = halves<int16_t>(image_pairs(tile));
     kernels().quantise_columns(values, tile_cols, tile.rows, tile.cols, image_steps_.const_data_ptr<float>() + tile.row,
                                image_limit_, scratch, tile_cols, steps);
     transposed_gemm(tile.cols, dim, even(tile.rows), counts, tile_cols, right, dim, text_rows, dim, !tile.first_of_cols, steps,

@@ -53,6 +53,9 @@ class FeatureTiles {
   void add_to_rows(const Tile& tile, const float* values, float* scratch, float* image_rows, float* text_rows) const;
 
  private:
+  // The rows of image that a tile has, in pairs.
+  const float* image_pairs(const Tile& tile) const;
+
   // add_to_rows for each kind of operands.
   void add_float32(const Tile& tile, const float* values, float* image_rows, float* text_rows) const;
   void add_bfloat16(const Tile& tile, const float* values, float* scratch, float* image_rows, float* text_rows) const;
@@ -62,6 +65,7 @@ class FeatureTiles {
   at::Tensor image_, text_;                      // (n, D) and (m, D), text in float32 only; in 16 bits D is made even
   at::Tensor panels_;                            // text as right-hand sides of `dot`
   at::Tensor image_row_pairs_, text_row_pairs_;  // 16 bits: right-hand sides of gradients
+  bool pairs_by_band_ = false;                   // image_row_pairs_ is (bands, tile_rows / 2, D): of the rows that a band is at
   at::Tensor image_steps_, text_steps_;          // int16: the step of each row
   // int16: the longest vector, in its own steps, whose products with rows of image or text do not overflow 32 bits.
   float image_limit_, text_limit_;

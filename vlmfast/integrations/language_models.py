@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlmfast.integrations.rules import Method, Rule, class_of
 from vlmfast.nn import language_model_loss
 from vlmfast.nn._stem import reason_to_call
-from vlmfast.ops._pairs import DTYPES
+from vlmfast.ops._arguments import DTYPES
 
 
 def rules(model: nn.Module) -> Iterator[Rule]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-INTERFACE = 2
+INTERFACE = 3
 """Of vlmfast._C, in csrc/bindings.cpp: what its functions take and return."""
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
 
@@ -32,7 +32,6 @@ def _load_core() -> tuple[Any, str | None]:
 
 
 core, CORE_MISSING = _load_core()
-OUTDATED = "the C++ extension is older than this package; install again"
 cuda_core = getattr(core, "cuda", None)
 """The part of the extension for GPUs, or None. Tests put one there whose kernels run on CPU tensors."""
 
@@ -55,8 +54,7 @@ class Impl:
     def cpu(cls: type[AnyImpl], op: str, **others: Callable[..., Any]) -> AnyImpl:
         """The C++ backend, `<op>_forward` and `<op>_backward` of vlmfast._C, with `others` in place or besides."""
         functions = {name: cpu_function(f"{op}_{name}") for name in ("forward", "backward")}
-        outdated = core is not None and not hasattr(core, f"{op}_forward")
-        return cls(**{**functions, "unsupported": (lambda *args: OUTDATED) if outdated else cpu_unsupported, **others})
+        return cls(**{**functions, "unsupported": cpu_unsupported, **others})
 
     @classmethod
     def triton(cls: type[AnyImpl], op: str, **others: Callable[..., Any]) -> AnyImpl:
@@ -78,7 +76,7 @@ def cpu_function(name: str) -> Callable[..., Any]:
 
 
 def _missing(*args: object) -> NoReturn:
-    raise RuntimeError(CORE_MISSING or OUTDATED)
+    raise RuntimeError(CORE_MISSING or "the C++ extension is older than this package; install again")
 
 
 def triton_function(op: str, name: str) -> Callable[..., Any]:
