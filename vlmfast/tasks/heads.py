@@ -72,6 +72,7 @@ class TaskModel(PreTrainedModel):
 
     config_class = TaskConfig
     base_model_prefix = "wrapped"  # never a prefix of names: the checkpoint is of both parts
+    accepts_loss_kwargs = False  # forward's keyword arguments are the batch, to which Trainer is to add nothing
     config: TaskConfig
     tasks: ClassVar[tuple[str, ...]] = ()
 

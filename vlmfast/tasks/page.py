@@ -102,7 +102,17 @@ def _boxes(axes: Axes, boxes: Sequence[tuple[Sequence[float], str, str]]) -> Non
         # An image's pixel 0 is drawn from -0.5 to 0.5.
         corner, width, height = (left - 0.5, top - 0.5), right - left, bottom - top
         axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.8))
-        axes.text(left, top, label, fontsize=7, color="white", backgroundcolor=colour, va="top", parse_math=False)
+        axes.text(
+            left,
+            top,
+            label,
+            fontsize=7,
+            color="white",
+            backgroundcolor=colour,
+            va="top",
+            parse_math=False,
+            clip_on=True,
+        )
 
 
 def wrap(text: str, width: int, lines: int) -> str:
