@@ -51,7 +51,6 @@ class EvalArguments:
 def run(arguments: Sequence[str]) -> int:
     """Scores as a table, as JSON with --output and as a picture with --report."""
     import torch
-    from transformers.utils import logging
 
     from vlmfast.models.checkpoints import find_tokenizer, load
 
@@ -74,6 +73,8 @@ def run(arguments: Sequence[str]) -> int:
     for path in (args.output, args.report):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+    from transformers.utils import logging  # after the look for the checkpoint, which may end the command
+
     logging.disable_progress_bar()
     model = load(cls, args.checkpoint)
     scores = task(*chosen).evaluate(

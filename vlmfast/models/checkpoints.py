@@ -21,7 +21,7 @@ from vlmfast.data import load_tokenizer
 
 Made = TypeVar("Made")
 
-HUB_SECONDS = 8
+HUB_SECONDS = 5
 """A hub that has not answered after this long is not there."""
 MAX_LAYERS = 1_000
 """What numbers of layers, blocks, experts and the like may be, since each costs Python objects of its own."""
@@ -87,7 +87,7 @@ def _hub_problem() -> str | None:
 
     def ask() -> None:
         try:
-            status = get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS - 2).status_code
+            status = get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS - 1).status_code
         except Exception as error:  # what it is depends on the version of the hub's client
             answers.append(_one_line(error))
         else:
