@@ -169,6 +169,12 @@ def test_clip_takes_pretrained_towers(data: Path, towers: list[str], tmp_path: P
         ("clip", ["--embed-dim=-4"], "--embed-dim: expected at least 1, got -4", 1),
         ("clip", ["--flip=2"], "--flip: expected a number from 0 to 1, got 2.0", 1),
         ("clip", ["--max-length=many"], "argument --max_length/--max-length: invalid int value: 'many'", 2),
+        ("clip", ["--gradient-accumulation-steps=0"], "gradient_accumulation_steps: expected at least 1, got 0", 1),
+        ("clip", ["--per-device-train-batch-size=0"], "per_device_train_batch_size: expected at least 1, got 0", 1),
+        ("clip", ["--dataloader-prefetch-factor=0"], "dataloader_prefetch_factor: expected at least 1, got 0", 1),
+        ("clip", ["--learning-rate=nan"], "learning_rate: expected at least 0, got nan", 1),
+        ("clip", ["--seed=-1"], "seed: expected at least 0, got -1", 1),
+        ("clip", ["--task=knitting"], "task: expected one of retrieval, ", 1),
         ("clip", ["--keywords=2"], "--keywords: expected a probability, got 2.0", 2),
         ("clap", [], "MODEL must be one of clip, ", 1),
         ("nowhere:Model", [], "MODEL: no module named 'nowhere', of 'nowhere:Model'", 1),
@@ -189,7 +195,7 @@ def test_what_cannot_be_is_refused(
     errors = capsys.readouterr().err
     assert message in errors
     assert "Traceback" not in errors
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def test_data_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

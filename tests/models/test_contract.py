@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from vlmfast.cli import main
 from vlmfast.data import load_tokenizer
 from vlmfast.models import MODELS, model_class
-from vlmfast.models.contract import ImageTextOptions, Pretrainable
+from vlmfast.models.contract import ImageTextOptions, JointFeatures, Pretrainable
 from vlmfast.tasks import TASKS
 
 
@@ -32,7 +32,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_pairs(tmp_path_factory.mktemp("pairs"), 24)
     for path in folder.glob("*.txt"):
         caption = path.read_text()
-        path.with_suffix(".json").write_text(json.dumps({"caption": caption, "category": caption.split()[0]}))
+        colour = caption.split()[0]
+        record = {"caption": caption, "category": colour, "question": "what colour is it?", "answers": [colour]}
+        path.with_suffix(".json").write_text(json.dumps(record))
         path.unlink()
     return folder
 
@@ -167,6 +169,10 @@ class ToyModel(Pretrainable, PreTrainedModel):
         logits = 8 * self.get_image_features(pixel_values) @ self.get_text_features(input_ids, attention_mask).T
         return ToyOutput(loss=nn.functional.cross_entropy(logits, torch.arange(len(logits))))
 
+    def joint_features(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> JointFeatures:
+        image, text = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask)
+        return JointFeatures(torch.cat([image, image * text], dim=1), text[:, None], image[:, None])
+
     def metrics(self) -> dict[str, float]:
         return {"width": float(self.config.width)}
 
@@ -187,6 +193,7 @@ def test_a_model_of_ones_own_needs_no_edit(
     history = json.loads((out / "checkpoint-30" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0] / 2
+    assert all(entry["width"] == 16 for entry in history if "loss" in entry)
     assert max(entry["learning_rate"] for entry in history if "loss" in entry) > 0.01
     assert any("eval_text_to_image_R@1" in entry for entry in history)
     torch.manual_seed(0)
@@ -195,9 +202,24 @@ def test_a_model_of_ones_own_needs_no_edit(
         "eval", "--model=someones.models:Toy", f"--checkpoint={out}", f"--data={data}", "--image-size=16",
         f"--output={scores}", "--device=cpu", "--num-workers=0",
     ]) == 0  # fmt: skip
+    tuned, answers = tmp_path / "tuned", tmp_path / "answers.json"
+    assert main([
+        "train", "someones.models:Toy", "--task=vqa", f"--pretrained={out}", f"--data={data}", f"--output-dir={tuned}",
+        "--per-device-train-batch-size=8", "--max-steps=60", "--learning-rate=0.05", "--report-to=none", "--use-cpu",
+        "--dataloader-num-workers=0", "--disable-tqdm=true", "--crop-scale=1", "--image-size=16", "--num-answers=9",
+    ]) == 0  # fmt: skip
+    assert main([
+        "eval", "--model=someones.models:Toy", f"--checkpoint={tuned}", f"--data={data}", "--image-size=16",
+        f"--output={answers}", "--device=cpu", "--num-workers=0",
+    ]) == 0  # fmt: skip
+    rows = json.loads(answers.read_text())["scores"]
+    assert rows["model"]["accuracy"] > 0.9
+    assert rows["blind"]["accuracy"] < 0.5
     capsys.readouterr()
     assert main(["train", "someones.models:Toy", *common, "--embed-dim=3"]) == 2
     assert "--embed-dim" in capsys.readouterr().err
+    assert main(["train", "someones.models:Toy", "--task=vqa", *common, "--keywords=0.5"]) == 2
+    assert "--keywords and --cache-features have no effect beside --task vqa" in capsys.readouterr().err
 
 
 def test_special_tokens_make_room(tmp_path: Path) -> None:

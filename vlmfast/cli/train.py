@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from vlmfast.cli.arguments import UsageError, parse
 from vlmfast.models import MODELS, model_class
+from vlmfast.tasks import TASKS, default_task, evaluator, task_class
 
 SHOWN = (
     "output_dir",
@@ -44,6 +46,9 @@ class DataArguments:
         default="",
         metadata={"help": "Samples: a glob of webdataset .tar shards, a .csv or .tsv, or a folder (docs/data.md)."},
     )
+    task: str | None = field(
+        default=None, metadata={"help": f"Fine-tune for a task instead of pretraining: {', '.join(TASKS)}."}
+    )
     val_data: str | None = field(default=None, metadata={"help": "Samples to evaluate on, for --eval-strategy."})
     tokenizer: str | None = field(
         default=None, metadata={"help": "Name or folder of a transformers tokenizer; by default the model's own."}
@@ -61,6 +66,8 @@ class DataArguments:
             raise UsageError("--data is needed: shards, a table or a folder of samples")
         if not 0 <= self.keywords <= 1:
             raise UsageError(f"--keywords: expected a probability, got {self.keywords}")
+        if self.task and (self.keywords or self.cache_features):
+            raise UsageError(f"--keywords and --cache-features have no effect beside --task {self.task}")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -82,34 +89,34 @@ def run(arguments: Sequence[str]) -> int:
     from vlmfast.training.run_folder import RunFolder
 
     cls = model_class(name)
-    parsed = parse(
-        f"vlmfast train {name}",
-        {
-            f"{name}: {cls.paper}": (cls.Options, {}),
-            "data": (DataArguments, {}),
-            "training": (PretrainingArguments, cls.training_defaults),
-        },
-        rest,
-        shown=SHOWN,
-    )
+    kinds: dict[str, Any] = {f"{name}: {cls.paper}": (cls.Options, {}), "data": (DataArguments, {})}
+    task_name = _value_of("--task", rest)
+    if task_name is not None and dataclasses.fields(task_class(task_name).Options):
+        kinds[f"task {task_name}"] = (task_class(task_name).Options, {})
+    kinds["training"] = (PretrainingArguments, cls.training_defaults)
+    parsed = parse(f"vlmfast train {name}", kinds, rest, shown=SHOWN)
     if parsed is None:
         return 0
-    options, data_args, args = parsed
+    options, data_args, *task_options, args = parsed
+    task = None if task_name is None else task_class(task_name)(*task_options)
     output_dir = Path(args.output_dir)
+    options.check()
     folder = RunFolder(args)
 
     logging.disable_progress_bar()
     set_seed(args.seed)
-    options.check()
     tokenizer = _tokenizer(cls, options, data_args)
     model = cls.build(options, tokenizer)
     check_weights(model, f"--pretrained {options.pretrained}" if options.pretrained else name)
-    dataset, collator = _training_data(model, tokenizer, options, data_args, args)
+    if task is None:
+        dataset, collator = _training_data(model, tokenizer, options, data_args, args)
+    else:
+        model, dataset, collator = task.trainable(model, data_args.data, tokenizer, options, seed=args.seed)
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(dataset) < batch:
         raise ValueError(f"--data has {len(dataset)} samples, fewer than one batch of {batch}")
 
-    make_record, default = _record(name, cls, options, data_args, args, dataset)
+    make_record, default = _record(name, cls, options, data_args, task_options, args, dataset)
     started = folder.start(make_record, default)
     if started.complete:
         if args.process_index == 0:
@@ -122,7 +129,7 @@ def run(arguments: Sequence[str]) -> int:
         train_dataset=dataset,
         data_collator=collator,
         processing_class=tokenizer,
-        evaluator=_evaluator(model, tokenizer, options, data_args, args),
+        evaluator=_evaluator(task or cls, tokenizer, options, data_args, args),
     )
     if trainer.is_world_process_zero():
         parameters = [p.numel() for p in model.parameters()]
@@ -159,13 +166,10 @@ def _model_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     rest = [RENAMED.get(option, option) + equals + value for option, equals, value in map(_split, arguments)]
     if rest and not rest[0].startswith("-"):
         return rest[0], rest[1:]
-    for k, argument in enumerate(rest):
-        option, equals, value = _split(argument)
-        if option != "--model":
-            continue
-        name = value if equals else "".join(rest[k + 1 : k + 2])
+    if (name := _value_of("--model", rest)) is not None:
         print(f"vlmfast train: --model {name} is now the first argument: vlmfast train {name} ...", file=sys.stderr)
-        return name, rest[:k] + rest[k + 1 + (not equals) :]
+        place = next(k for k, argument in enumerate(rest) if _split(argument)[0] == "--model")
+        return name, rest[:place] + rest[place + (1 if "=" in rest[place] else 2) :]
     if {"-h", "--help", "--help-all"} & set(rest) or not rest:
         return None, rest
     first = next(iter(MODELS))
@@ -175,6 +179,15 @@ def _model_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _split(argument: str) -> tuple[str, str, str]:
     return argument.partition("=") if argument.startswith("--") else (argument, "", "")
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """What follows an option, which decides how the others are read."""
+    for k, argument in enumerate(arguments):
+        name, equals, value = _split(argument)
+        if name == option:
+            return value if equals else "".join(arguments[k + 1 : k + 2])
+    return None
 
 
 def _tokenizer(cls: Any, options: Any, data_args: DataArguments) -> Any:
@@ -224,18 +237,17 @@ def _training_data(model: Any, tokenizer: Any, options: Any, data_args: DataArgu
     return dataset, model.collator(options, tokenizer, train=True)
 
 
-def _evaluator(model: Any, tokenizer: Any, options: Any, data_args: DataArguments, args: Any) -> Any:
+def _evaluator(task: Any, tokenizer: Any, options: Any, data_args: DataArguments, args: Any) -> Any:
     if data_args.val_data is None:
         if args.eval_strategy != "no":
             raise ValueError("--eval-strategy needs --val-data")
         return None
-    from vlmfast.tasks import default_task, evaluator
-
-    return evaluator(default_task(type(model)), data_args.val_data, tokenizer, options, device=args.device)
+    chosen = default_task(task) if isinstance(task, type) else task
+    return evaluator(chosen, data_args.val_data, tokenizer, options, device=args.device)
 
 
 def _record(
-    name: str, cls: Any, options: Any, data_args: DataArguments, args: Any, dataset: Any
+    name: str, cls: Any, options: Any, data_args: DataArguments, task_options: Sequence[Any], args: Any, dataset: Any
 ) -> tuple[Callable[[], Any], dict[str, Any]]:
     """What makes the record of what decides the course of the run, and the defaults of what an older one lacks."""
     from vlmfast.training import record
@@ -244,11 +256,13 @@ def _record(
         return {
             "model": {"model": name, **record.plain(options)},
             "data": {**record.plain(data_args, leave_out=("val_data",)), "fingerprint": dataset.fingerprint()},
+            "task": {key: value for each in task_options for key, value in record.plain(each).items()},
             "training": record.training_part(args),
         }
 
     return make, {
         "model": record.defaults(type(options)),
         "data": record.defaults(DataArguments),
+        "task": {key: value for each in task_options for key, value in record.defaults(type(each)).items()},
         "training": record.defaults(type(args), **cls.training_defaults),
     }

@@ -75,6 +75,7 @@ class TaskModel(PreTrainedModel):
     accepts_loss_kwargs = False  # forward's keyword arguments are the batch, to which Trainer is to add nothing
     config: TaskConfig
     tasks: ClassVar[tuple[str, ...]] = ()
+    accepts_loss_kwargs = False  # or the Trainer adds num_items_in_batch to the batch
 
     def __init__(self, config: TaskConfig, model: PreTrainedModel | None = None) -> None:
         super().__init__(config)

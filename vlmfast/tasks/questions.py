@@ -58,6 +58,11 @@ class Questions(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.items)
 
+    def fingerprint(self) -> str:
+        """The dataset's."""
+        found: str = self.dataset.fingerprint()
+        return found
+
     def __getitem__(self, position: Any) -> Any:
         epoch, place = position if isinstance(position, tuple) else (None, position)
         item = self.items[place]

@@ -149,7 +149,8 @@ class Trainable(NamedTuple):
 
     Attributes:
         model: its forward takes a batch as keyword arguments and returns an output with `loss`.
-        dataset: read by (epoch, index) or by index; `skipped()` counts what was left out.
+        dataset: read by (epoch, index) or by index; `skipped()` counts what was left out, and `fingerprint()` tells
+            whether a resumed run sees the same samples.
         collator: samples to a batch.
     """
 

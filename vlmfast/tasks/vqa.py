@@ -176,6 +176,9 @@ class _Asked(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.questions)
 
+    def fingerprint(self) -> str:
+        return self.questions.fingerprint()
+
     def __getitem__(self, position: Any) -> Any:
         return self._put(self.questions[position])
 

@@ -73,9 +73,38 @@ class PretrainingArguments(TrainingArguments):
             # transformers would, without the timeout
             timeout = timedelta(seconds=float(self.ddp_timeout))
             dist.init_process_group(self.ddp_backend or "gloo", timeout=timeout)
+        _check_numbers(self)
         super().__post_init__()
         if self.cache_chunk is not None and self.cache_chunk < 1:
             raise ValueError(f"cache_chunk must be at least 1; got {self.cache_chunk}")
+
+
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": 1,
+    "save_total_limit": 1,
+    "seed": 0,
+    "data_seed": 0,
+    "ddp_timeout": 1,
+}
+"""Numbers that would end in a traceback, or in nothing, far from where they were given."""
+
+
+def _check_numbers(args: Any) -> None:
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and not value >= least:  # NaN too
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if args.dataloader_prefetch_factor is not None and not args.dataloader_num_workers:
+        raise ValueError(f"dataloader_prefetch_factor: needs dataloader_num_workers, got {args.dataloader_num_workers}")
 
 
 class PretrainingTrainer(Trainer):
