@@ -145,7 +145,7 @@ def run(arguments: Sequence[str]) -> int:
     skipped = ", ".join(f"{count} {reason}" for reason, count in dataset.skipped().items() if count)
     if trainer.is_world_process_zero():
         print(f"skipped: {skipped or 'nothing'}")
-        if count := dataset.stand_ins():
+        if hasattr(dataset, "stand_ins") and (count := dataset.stand_ins()):
             print(f"{count} samples stood in for skipped ones, so that a batch has at least {dataset.min_batch}")
 
     received = trainer.stop.received
