@@ -47,7 +47,7 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   // Another number whenever a function's arguments or results change: vlmfast/ops/_dispatch.py takes its own alone.
-  m.attr("INTERFACE") = 2;
+  m.attr("INTERFACE") = 3;
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("build_info", &build_info, "Instruction set in use, and what the extension was built with.");
   m.def("tile_product_gflops", &vlmfast::tile_product_gflops, "For benchmarks: see csrc/ops.h.", release());
@@ -62,6 +62,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("sigmoid_loss_forward", &vlmfast::sigmoid_loss_forward, release());
   m.def("media_attention_forward", &vlmfast::media_attention_forward, release());
   m.def("media_attention_backward", &vlmfast::media_attention_backward, release());
+  m.def("linear_cross_entropy_forward", &vlmfast::linear_cross_entropy_forward, release());
+  m.def("linear_cross_entropy_backward", &vlmfast::linear_cross_entropy_backward, release());
   m.def("gated_residual_forward", &vlmfast::gated_residual_forward, release());
   m.def("gated_residual_backward", &vlmfast::gated_residual_backward, release());
 #ifdef VLMFAST_CUDA_ARCHS

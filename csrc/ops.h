@@ -43,6 +43,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
     const std::optional<at::Tensor>& row_codes, const std::optional<at::Tensor>& col_codes, int64_t label_offset,
     bool image_grad, bool text_grad);
 
+// stats (3, n) and kept (kept_rows * V,); float32.
+std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_forward(const at::Tensor& hidden, const at::Tensor& weight,
+                                                                const std::optional<at::Tensor>& bias,
+                                                                const at::Tensor& labels, int64_t kept_rows);
+
+// Gradients of hidden, weight and bias; (0,) where not asked for.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_backward(
+    const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& labels,
+    const at::Tensor& rows, const at::Tensor& kept, bool hidden_grad, bool weight_grad, bool bias_grad);
+
 // out (N, D).
 at::Tensor gated_residual_forward(const at::Tensor& residual, const at::Tensor& hidden, const at::Tensor& gate,
                                   const std::optional<at::Tensor>& row_mask, bool tanh);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "held_buffers.h"
 
@@ -98,20 +99,32 @@ float limit_beside(const at::Tensor& values) {
 
 }  // namespace
 
-FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool with_dot, bool image_grad, bool text_grad)
+FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool with_dot, bool image_grad, bool text_grad,
+                           TileOrder order)
     : n(image.size(0)),
       m(text.size(0)),
       dim(image.size(1)),
+      order(order),
       operands_(image.scalar_type() == at::kFloat                                ? kFloat32
                 : image.scalar_type() == at::kBFloat16 && wants_bf16_schedule() ? kBFloat16
                 : wants_int16_schedule()                                        ? kInt16
                                                                                 : kFloat32) {
-  const int64_t most_bands = std::min({int64_t(at::get_num_threads()), ceil_div(n, 64), ceil_div(m, kCols)});
-  band_rows = even(ceil_div(n, std::max<int64_t>(1, most_bands)));
+  int64_t most_bands = std::min(int64_t(at::get_num_threads()), ceil_div(n, 64));
+  copies = 1;
+  if (order == TileOrder::kByRows) {
+    constexpr int64_t budget = 64 << 20;  // bytes of all copies, where fewer do as well
+    const int64_t fewest = ceil_div(most_bands, ceil_div(m, kCols)), in_budget = budget / (4 * m * dim);
+    blocks = ceil_div(most_bands, std::clamp(in_budget, fewest, most_bands));
+    copies = most_bands / blocks;
+    most_bands = copies * blocks;
+  }
+  most_bands = std::min(most_bands, copies * ceil_div(m, kCols));
+  band_rows = even(ceil_div(n, most_bands));
   bands = ceil_div(n, band_rows);
+  if (order == TileOrder::kSquare) blocks = bands;
   tile_rows = equal_steps(band_rows);
   // The columns of the widest band, which the others wait for.
-  const auto widest = [&](int64_t cols) { return std::min(m, ceil_div(ceil_div(m, cols), bands) * cols); };
+  const auto widest = [&](int64_t cols) { return std::min(m, ceil_div(ceil_div(m, cols), blocks) * cols); };
   tile_cols = widest(kMostCols) > widest(kCols) ? kCols : kMostCols;
   if (operands_ == kFloat32) {
     image_ = image.to(at::kFloat).contiguous();
@@ -131,7 +144,11 @@ FeatureTiles::FeatureTiles(const at::Tensor& image, const at::Tensor& text, bool
     panels_ = column_panels(in_pairs(cols), tile_cols);
   }
   if (image_grad) text_row_pairs_ = row_pairs(cols);
-  if (text_grad) image_row_pairs_ = row_pairs(rows);
+  if (!text_grad) return;
+  // A band that goes over all columns at once needs pairs of few rows at a time: not a copy of all.
+  pairs_by_band_ = operands_ == kBFloat16 && order == TileOrder::kByRows && blocks == 1;
+  if (pairs_by_band_) image_ = image_.defined() ? image_ : in_pairs(rows);
+  image_row_pairs_ = pairs_by_band_ ? at::empty({bands, tile_rows / 2, dim}, at::kFloat) : row_pairs(rows);
 }
 
 at::Tensor gradient_sums(int64_t rows, int64_t dim, bool returned) {
@@ -157,8 +174,12 @@ void FeatureTiles::dot(const Tile& tile, float* out) const {
 }
 
 void FeatureTiles::add_gradients(const Tile& tile, const float* values, float* scratch, float* d_image, float* d_text) const {
-  float* image_rows = d_image ? d_image + tile.row * dim : nullptr;
-  float* text_rows = d_text ? d_text + tile.col * dim : nullptr;
+  add_to_rows(tile, values, scratch, d_image ? d_image + tile.row * dim : nullptr,
+              d_text ? d_text + tile.col * dim : nullptr);
+}
+
+void FeatureTiles::add_to_rows(const Tile& tile, const float* values, float* scratch, float* image_rows,
+                               float* text_rows) const {
   // Products of 16 bits go over pairs; the second of the last pair may be none, and what stands there must be finite: 0, or what
   // another product has left.
   if (operands_ != kFloat32 && tile.cols % 2) std::fill_n(scratch, tile_rows * tile_cols, 0.0f);
@@ -170,6 +191,19 @@ void FeatureTiles::add_gradients(const Tile& tile, const float* values, float* s
     case kInt16:
       return add_int16(tile, values, scratch, image_rows, text_rows);
   }
+}
+
+const float* FeatureTiles::image_pairs(const Tile& tile) const {
+  if (!pairs_by_band_) return image_row_pairs_.const_data_ptr<float>() + tile.row / 2 * dim;
+  float* pairs = image_row_pairs_.mutable_data_ptr<float>() + tile.band * (tile_rows / 2) * dim;
+  if (!tile.first_of_rows) return pairs;
+  const int64_t stride = image_.size(1);
+  const auto* rows = static_cast<const uint16_t*>(image_.const_data_ptr()) + tile.row * stride;
+  const std::vector<uint16_t> zeros(tile.rows % 2 ? dim : 0);
+  for (int64_t i = 0; i < tile.rows; i += 2)
+    kernels().interleave(rows + i * stride, i + 1 < tile.rows ? rows + (i + 1) * stride : zeros.data(), dim,
+                         reinterpret_cast<uint16_t*>(pairs + i / 2 * dim));
+  return pairs;
 }
 
 void FeatureTiles::add_float32(const Tile& tile, const float* values, float* image_rows, float* text_rows) const {
@@ -185,7 +219,7 @@ void FeatureTiles::add_bfloat16(const Tile& tile, const float* values, float* sc
                                 float* text_rows) const {
   auto* rounded = reinterpret_cast<at::BFloat16*>(scratch);
   if (text_rows) {
-    const auto* right = halves<at::BFloat16>(image_row_pairs_.const_data_ptr<float>()) + tile.row * dim;
+    const auto* right = halves<at::BFloat16>(image_pairs(tile));
     kernels().pair_rows(values, tile_cols, tile.rows, tile.cols, scratch, tile_cols);
     transposed_gemm(tile.cols, dim, even(tile.rows), rounded, tile_cols, right, dim, text_rows, dim, !tile.first_of_cols);
   }
@@ -201,7 +235,7 @@ void FeatureTiles::add_int16(const Tile& tile, const float* values, float* scrat
   auto* counts = reinterpret_cast<int16_t*>(scratch);
   float steps[cpu::kMaxTile];
   if (text_rows) {
-    const auto* right = halves<int16_t>(image_row_pairs_.const_data_ptr<float>()) + tile.row * dim;
+    const auto* right = halves<int16_t>(image_pairs(tile));
     kernels().quantise_columns(values, tile_cols, tile.rows, tile.cols, image_steps_.const_data_ptr<float>() + tile.row,
                                image_limit_, scratch, tile_cols, steps);
     transposed_gemm(tile.cols, dim, even(tile.rows), counts, tile_cols, right, dim, text_rows, dim, !tile.first_of_cols, steps,

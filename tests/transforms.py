@@ -9,7 +9,7 @@ from contrastive import pairs
 from media import qkv
 from torch import Tensor
 
-from vlmfast.ops import gated_residual, info_nce, media_attention, patch_embed, sigmoid_loss
+from vlmfast.ops import gated_residual, info_nce, linear_cross_entropy, media_attention, patch_embed, sigmoid_loss
 
 Inputs = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 Case = Callable[[], Inputs]
@@ -26,6 +26,14 @@ def the_info_nce() -> Inputs:
 
 def the_sigmoid_loss() -> Inputs:
     return sigmoid_loss, (*features(), torch.tensor(5.0), torch.tensor(-4.0))
+
+
+def the_linear_cross_entropy() -> Inputs:
+    labels = torch.tensor([0, 8, -100, 3])
+    return (
+        lambda hidden, weight, bias: linear_cross_entropy(hidden, weight, labels, bias=bias, label_smoothing=0.1),
+        (torch.randn(4, 8), torch.randn(9, 8), torch.randn(9)),
+    )
 
 
 def the_gated_residual() -> Inputs:
@@ -48,4 +56,11 @@ def the_media_attention() -> Inputs:
     return lambda q, k, v: media_attention(q, k, v, media_hi=last, tokens_per_media=3).square().sum(), (q, k, v)
 
 
-OPS = [the_info_nce, the_sigmoid_loss, the_gated_residual, the_patch_embed, the_media_attention]
+OPS = [
+    the_info_nce,
+    the_sigmoid_loss,
+    the_linear_cross_entropy,
+    the_gated_residual,
+    the_patch_embed,
+    the_media_attention,
+]

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-INTERFACE = 2
+INTERFACE = 3
 """Of vlmfast._C, in csrc/bindings.cpp: what its functions take and return."""
 BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
 

@@ -252,6 +252,7 @@ def _triton_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels:
 
 
 IMPLS = {
+    "cpu": Impl.cpu("linear_cross_entropy"),
     "triton": Impl.triton("linear_cross_entropy", forward=_triton_forward),
     "torch": Impl(reference_forward, reference_backward),
 }
