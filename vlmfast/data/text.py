@@ -112,6 +112,8 @@ def _feature(sample: Sample, name: str) -> Tensor:
 def load_tokenizer(name_or_path: str | PathLike[str] | None = None) -> "PreTrainedTokenizerBase":
     """A transformers tokenizer by folder or hub name; None gives the bundled byte-level BPE.
 
+    A folder that holds one .gguf file gives that file's tokenizer.
+
     Raises:
         ValueError: there is no tokenizer of that name, a file of it is damaged, or it needs code of its own, which is
             not run.
@@ -127,9 +129,26 @@ def load_tokenizer(name_or_path: str | PathLike[str] | None = None) -> "PreTrain
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
     try:
-        return AutoTokenizer.from_pretrained(fspath(name), trust_remote_code=False)
+        gguf = gguf_file(name)
+        settings = {} if gguf is None else {"gguf_file": gguf}
+        return AutoTokenizer.from_pretrained(fspath(name), trust_remote_code=False, **settings)
     except Exception as error:  # the tokenizers library raises just that
         raise ValueError(
             f"name_or_path: no tokenizer at {fspath(name)!r}; expected a folder that save_pretrained wrote, a name on "
             "the Hugging Face hub (cached when offline), or None for the bundled tokenizer"
         ) from error
+
+
+def gguf_file(folder: str | PathLike[str]) -> str | None:
+    """The name of the one .gguf file of a folder that has no config.json; None where there is no such file.
+
+    Raises:
+        ValueError: there are several.
+    """
+    path = Path(fspath(folder))
+    if (path / "config.json").is_file() or (path / "tokenizer.json").is_file():
+        return None
+    names = sorted(file.name for file in path.glob("*.gguf"))
+    if len(names) > 1:
+        raise ValueError(f"{path}: expected one .gguf file, got {names}")
+    return names[0] if names else None

@@ -12,6 +12,7 @@ MODELS = {
     "declip": "vlmfast.models.contrastive.declip:DeCLIPModel",
     "lit": "vlmfast.models.contrastive.lit:LiTModel",
     "siglip": "vlmfast.models.contrastive.siglip:SigLIPModel",
+    "clipcap": "vlmfast.models.prefix.clipcap:ClipCapModel",
 }
 """By the model_type of their configs: "module:Class"."""
 

@@ -289,6 +289,38 @@ def read_bytes(tower: PreTrainedModel, mean: Sequence[float], std: Sequence[floa
     return True
 
 
+def tower_input(
+    tower: PreTrainedModel, pixel_values: Tensor, mean: Sequence[float], std: Sequence[float], *, reads_bytes: bool
+) -> Tensor:
+    """Pixels as an image tower takes them.
+
+    Args:
+        pixel_values: uint8 (B, H, W, 3), which is normalised with mean and std; or floating point (B, C, H, W), already
+            normalised.
+        reads_bytes: what `read_bytes` gave for this tower.
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape, or a size that is not that of a tower that reads bytes.
+    """
+    is_bytes = pixel_values.dtype == torch.uint8
+    if not is_bytes and not pixel_values.is_floating_point():
+        raise TypeError(f"pixel_values: expected uint8 or floating point, got {pixel_values.dtype}")
+    expected = "uint8 (B, H, W, 3)" if is_bytes else "floating point (B, C, H, W)"
+    if pixel_values.ndim != 4 or (is_bytes and pixel_values.shape[-1] != 3):
+        raise ValueError(f"pixel_values: expected {expected}, got shape {tuple(pixel_values.shape)}")
+    if reads_bytes:
+        side = tower.config.image_size
+        size = tuple(pixel_values.shape[1:3] if is_bytes else pixel_values.shape[2:])
+        if size != (side, side):
+            raise ValueError(f"pixel_values: expected {expected} of size {(side, side)}, got {size}")
+    if not is_bytes or reads_bytes:
+        return pixel_values  # its stem normalises while it reads
+    channels = zip(pixel_values.unbind(-1), mean, std, strict=True)
+    normalised = torch.stack([(channel / 255 - m) / s for channel, m, s in channels], dim=-1)
+    # Still NHWC in memory (channels_last), in which convolutions are fastest on CPUs and tensor cores.
+    return normalised.permute(0, 3, 1, 2).to(tower.dtype)
+
+
 def tower_width(name: str, config: PreTrainedConfig) -> int:
     """Of what one feature is read from."""
     if config.model_type == "siglip_text_model":
@@ -311,7 +343,17 @@ def load_tower(name: str, tower: Any) -> nn.Module | PreTrainedConfig:
         return tower
     if isinstance(tower, PreTrainedModel):
         return _layers(name, tower)
-    source = find(fspath(tower))
+    return _layers(name, load_model(name, fspath(tower)))
+
+
+def load_model(name: str, source: str) -> PreTrainedModel:
+    """The whole pretrained model that `load_tower` takes a tower of.
+
+    Raises:
+        FileNotFoundError: there is no such folder or name.
+        ValueError: a file is damaged, or weights are missing.
+    """
+    source = find(source)
     read_config(source)
     with reading(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -321,7 +363,8 @@ def load_tower(name: str, tower: Any) -> nn.Module | PreTrainedConfig:
             source, config=config, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
         )
     check_weights(name, source, model, report, new=("pooler.",))
-    return _layers(name, model)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _layers(name: str, model: PreTrainedModel) -> nn.Module:

@@ -45,6 +45,7 @@ from vlmfast.models.towers import (
     read_bytes,
     text_inputs,
     text_positions,
+    tower_input,
     tower_width,
     unread_parameters,
 )
@@ -327,23 +328,8 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
         return outputs["pooler_output"]
 
     def _tower_input(self, pixel_values: Tensor) -> Tensor:
-        is_bytes = pixel_values.dtype == torch.uint8
-        if not is_bytes and not pixel_values.is_floating_point():
-            raise TypeError(f"pixel_values: expected uint8 or floating point, got {pixel_values.dtype}")
-        expected = "uint8 (B, H, W, 3)" if is_bytes else "floating point (B, C, H, W)"
-        if pixel_values.ndim != 4 or (is_bytes and pixel_values.shape[-1] != 3):
-            raise ValueError(f"pixel_values: expected {expected}, got shape {tuple(pixel_values.shape)}")
-        if self.reads_bytes:
-            side = self.config.vision_config.image_size
-            size = tuple(pixel_values.shape[1:3] if is_bytes else pixel_values.shape[2:])
-            if size != (side, side):
-                raise ValueError(f"pixel_values: expected {expected} of size {(side, side)}, got {size}")
-        if not is_bytes or self.reads_bytes:
-            return pixel_values  # its stem normalises while it reads
-        channels = zip(pixel_values.unbind(-1), self.config.image_mean, self.config.image_std, strict=True)
-        normalised = torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-1)
-        # Still NHWC in memory (channels_last), in which convolutions are fastest on CPUs and tensor cores.
-        return normalised.permute(0, 3, 1, 2).to(self.vision_model.dtype)
+        mean, std = self.config.image_mean, self.config.image_std
+        return tower_input(self.vision_model, pixel_values, mean, std, reads_bytes=self.reads_bytes)
 
     def _check_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
