@@ -13,6 +13,8 @@ MODELS = {
     "lit": "vlmfast.models.contrastive.lit:LiTModel",
     "siglip": "vlmfast.models.contrastive.siglip:SigLIPModel",
     "clipcap": "vlmfast.models.prefix.clipcap:ClipCapModel",
+    "frozen": "vlmfast.models.prefix.frozen:FrozenModel",
+    "mapl": "vlmfast.models.prefix.mapl:MAPLModel",
 }
 """By the model_type of their configs: "module:Class"."""
 

@@ -41,7 +41,7 @@ from vlmfast.models.language_model import (
 )
 from vlmfast.models.prefix_batches import PrefixCollator
 from vlmfast.models.prefix_config import PrefixConfig, PrefixOptions
-from vlmfast.models.towers import normalisation, tower_width
+from vlmfast.models.towers import normalisation, tower_width, unread_parameters
 from vlmfast.nn.linear_cross_entropy import language_model_loss
 from vlmfast.nn.prefix import Assembled, assemble
 
@@ -245,6 +245,13 @@ class PrefixModel(Pretrainable, PreTrainedModel):
         """The language model and the image tower, as far as they are frozen."""
         parts = ((self.language_model, self.config.language_model_frozen), (self.vision, self.config.vision_frozen))
         return tuple(part for part, frozen in parts if frozen)
+
+    def freeze(self) -> None:
+        """As Pretrainable's, and what of the image tower can have no gradient, since DDP stops there."""
+        super().freeze()
+        if isinstance(self.vision, ImageTower):
+            for parameter in unread_parameters(self.vision.tower):
+                parameter.requires_grad_(False)
 
     @property
     def max_text_length(self) -> int:
