@@ -11,8 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# tests/ has no packages; helpers that several of its folders use are imported from here.
-sys.path.insert(0, str(Path(__file__).parent))
+# tests/ has no packages; what several of its folders use is imported from tests/helpers.
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from command_line import write_pairs
-from helpers.toys import COLOURS, joint_model, word_tokenizer, write_records
+from toys import COLOURS, joint_model, word_tokenizer, write_records
 
 from vlmfast.cli.arguments import UsageError
 from vlmfast.cli.evaluate import run

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.published import PUBLISHED, Png, Published, draw, lines, vcr, vqav2, write
+from published import PUBLISHED, Png, Published, draw, lines, vcr, vqav2, write
 
 from vlmfast.data import ImageTextDataset
 from vlmfast.data.convert import FORMATS, convert

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.scenes import SCENES, build_scenes, scenes_module
 from PIL import Image
+from scenes import SCENES, build_scenes, scenes_module
 
 from vlmfast.data import ImageTextDataset, eval_transform
 

@@ -100,7 +100,7 @@ def test_no_kernel_goes_beyond_its_memory() -> None:
     ]
     environment = {**os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "cuda_results.py", module],
+        [sys.executable, ROOT / "tests" / "helpers" / "cuda_results.py", module],
         capture_output=True,
         text=True,
         env=environment,

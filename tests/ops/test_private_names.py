@@ -39,7 +39,7 @@ def test_ops_without_them() -> None:
     files = [PUBLIC, Path(__file__).parent / "test_dispatch.py"]
     command = [sys.executable, "-m", "pytest", "-p", "hide_private_names", "-q", "-rA", *map(str, files)]
     command += ["-k", "not profiler"]  # which shows another name
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "helpers")}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     for test in ("names_are_hidden", "every_op[the_media_attention]", "a_compiled_op", "transforms_raise_or_are_right"):

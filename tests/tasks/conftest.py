@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toys import COLD, COLOURS, WARM, WORDS, Member, png, word_tokenizer, write_tar
 from torch import nn
+from toys import COLD, COLOURS, WARM, WORDS, Member, png, word_tokenizer, write_tar
 from transformers import PreTrainedTokenizerFast
 
 from vlmfast.data import Collator, ImageTextDataset, eval_transform

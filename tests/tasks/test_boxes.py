@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toys import COLOURS, WORDS, Toy, halves, ids, word_tokenizer, write_tar
 from PIL import Image
+from toys import COLOURS, WORDS, Toy, halves, ids, word_tokenizer, write_tar
 
 from vlmfast.data import FeatureCache, ImageTextDataset, eval_transform
 from vlmfast.tasks.boxes import from_model, overlap, stretched, to_model

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toys import COLOURS, Toy, ids, word_tokenizer, write_records
 from PIL import Image
+from toys import COLOURS, Toy, ids, word_tokenizer, write_records
 
 from vlmfast.tasks import caption_metrics, captioning
 from vlmfast.tasks.caption_metrics import caption_scores, has_java, tokenize

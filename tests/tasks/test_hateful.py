@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toys import fit, joint_model, word_tokenizer, write_records
 from PIL import Image
+from toys import fit, joint_model, word_tokenizer, write_records
 
 from vlmfast.tasks.hateful import Hateful, scores_of
 from vlmfast.tasks.heads import TaskModel

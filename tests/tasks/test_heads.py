@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.toys import COLOURS, WORDS, Jointly, JointlyConfig, joint_model, word_tokenizer, write_records
+from toys import COLOURS, WORDS, Jointly, JointlyConfig, joint_model, word_tokenizer, write_records
 
 from vlmfast.tasks.heads import TaskModel
 from vlmfast.tasks.vqa import VQA

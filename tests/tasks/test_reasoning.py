@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toys import COLOURS, WORDS, Toy, fit, joint_model, word_tokenizer, write_records
 from PIL import Image
+from toys import COLOURS, WORDS, Toy, fit, joint_model, word_tokenizer, write_records
 
 from vlmfast.tasks.reasoning import Reasoning
 

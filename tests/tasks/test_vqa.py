@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toys import COLOURS, WORDS, Jointly, Toy, fit, ids, joint_model, word_tokenizer, write_records
 from PIL import Image
+from toys import COLOURS, WORDS, Jointly, Toy, fit, ids, joint_model, word_tokenizer, write_records
 
 from vlmfast.data import Collator
 from vlmfast.tasks import task_class

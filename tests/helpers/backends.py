@@ -20,7 +20,7 @@ import torch
 from vlmfast.ops import _dispatch
 from vlmfast.ops._dispatch import Impl
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 PROBE = (torch.zeros(1, 1, 1, 32),) * 3

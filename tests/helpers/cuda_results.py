@@ -1,6 +1,6 @@
 """Every op's results on the CUDA backend, compiled for the processor, over odd shapes.
 
-`python tests/cuda_results.py MODULE` computes them with a module of the host build: under sanitizers, what a
+`python tests/helpers/cuda_results.py MODULE` computes them with a module of the host build: under sanitizers, what a
 kernel reads or writes beyond its tensors and its shared memory ends the program.
 """
 

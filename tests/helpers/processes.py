@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, multiprocessing
 from torch import distributed as dist
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # What the processes import, once: they are forked from a server that has it, and that never ran a backward pass, as
 # autograd's threads do not survive a fork of the process of the tests.
 multiprocessing.set_forkserver_preload(

@@ -1,6 +1,6 @@
 """What the CUDA C++ kernels in the built extension use on every architecture, without a GPU.
 
-`python tests/cuda_resources.py` writes tests/kernels/cuda_resources.json, which test_cuda_resources.py there compares.
+`python tests/helpers/cuda_resources.py` writes tests/kernels/cuda_resources.json, which test_cuda_resources.py compares.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from backends import cuda_on_host
 from vlmfast.ops import _dispatch
 from vlmfast.ops._dispatch import core
 
-TABLE = Path(__file__).parent / "kernels" / "cuda_resources.json"
+TABLE = Path(__file__).parents[1] / "kernels" / "cuda_resources.json"
 WARP = 32
 REGISTERS = 65536
 # Threads, blocks and KiB of shared memory of one multiprocessor, of which each block takes 1 for the system: CUDA C++
