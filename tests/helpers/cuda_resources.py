@@ -1,6 +1,6 @@
 """What the CUDA C++ kernels in the built extension use on every architecture, without a GPU.
 
-`python tests/helpers/cuda_resources.py` writes tests/kernels/cuda_resources.json, which test_cuda_resources.py compares.
+`python tests/helpers/cuda_resources.py` writes tests/kernels/cuda_resources.json, the table of test_cuda_resources.py.
 """
 
 from __future__ import annotations

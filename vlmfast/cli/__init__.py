@@ -28,7 +28,7 @@ EXTRAS = {"bench": "bench", "eval": "eval"}
 """The extra that a command's optional packages are of, where it is not `train`."""
 
 
-END_SECONDS = 30
+END_SECONDS = 60
 """What the interpreter may take to exit once a command has returned or failed."""
 
 
