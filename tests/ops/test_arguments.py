@@ -17,6 +17,7 @@ from torch import Tensor
 from vlmfast.ops import (
     gated_residual,
     info_nce,
+    linear_cross_entropy,
     media_attention,
     media_index,
     patch_embed,
@@ -34,6 +35,10 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     sigmoid_loss: {
         "image": torch.randn(4, 8), "text": torch.randn(4, 8), "scale": torch.tensor(3.0), "bias": torch.tensor(-3.0),
         "label_offset": 0,
+    },
+    linear_cross_entropy: {
+        "hidden": torch.randn(4, 8), "weight": torch.randn(6, 8), "labels": torch.arange(4), "bias": torch.randn(6),
+        "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean", "recompute": None,
     },
     gated_residual: {
         "residual": torch.randn(4, 8), "hidden": torch.randn(4, 8), "gate": torch.ones(1), "activation": "tanh",

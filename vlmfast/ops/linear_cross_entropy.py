@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmfast.ops._arguments import DTYPES
+from vlmfast.ops._arguments import (
+    DTYPES,
+    INTEGERS,
+    check_flag,
+    check_integer,
+    check_number,
+    check_string,
+    check_tensor,
+)
 from vlmfast.ops._define import define, without_autocast
 from vlmfast.ops._dispatch import Impl, choose, triton_function
 
@@ -110,6 +118,7 @@ def linear_cross_entropy(
     threads. On accelerators the host waits for the labels, to drop rows and to check them.
     Source: Wijmans et al. 2024 (cut cross-entropy) for the idea; no gradient is filtered out here.
     """
+    _check_types(hidden, weight, labels, bias, ignore_index, label_smoothing, reduction, recompute)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -122,6 +131,28 @@ def linear_cross_entropy(
     keep = needs_grad and not recompute and device == "cpu"
     each: Tensor = _forward_op(hidden, weight, bias, labels, ignore_index, label_smoothing, keep)[0]
     return _reduced(each, labels, ignore_index, reduction)
+
+
+def _check_types(
+    hidden: Any,
+    weight: Any,
+    labels: Any,
+    bias: Any,
+    ignore_index: Any,
+    label_smoothing: Any,
+    reduction: Any,
+    recompute: Any,
+) -> None:
+    op = "linear_cross_entropy"
+    for name, value in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        check_tensor(op, name, value)
+    if bias is not None:
+        check_tensor(op, "bias", bias)
+    check_integer(op, "ignore_index", ignore_index)
+    check_number(op, "label_smoothing", label_smoothing)
+    check_string(op, "reduction", reduction)
+    if recompute is not None:
+        check_flag(op, "recompute", recompute)
 
 
 def _check(
@@ -139,7 +170,7 @@ def _check(
         raise TypeError(f"{op}: hidden must be float32, float16 or bfloat16; got {hidden.dtype}")
     if weight.dtype != hidden.dtype:
         raise TypeError(f"{op}: weight must have hidden's dtype {hidden.dtype}; got {weight.dtype}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels.dtype not in INTEGERS:
         raise TypeError(f"{op}: labels must be integers; got {labels.dtype}")
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"{op}: labels must be ({hidden.shape[0]},), one per row; got {tuple(labels.shape)}")
