@@ -62,7 +62,7 @@ def test_a_trainer_trains_saves_and_resumes_it(source: str, tmp_path: Path) -> N
         assert torch.equal(weight, resumed.state_dict()[name]), name
         assert torch.equal(weight, loaded.state_dict()[name]), name
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
-    assert (config["model_type"], config["task"], config["model"]) == ("vlmfast_task", "vqa", "helpers.toys:Jointly")
+    assert (config["model_type"], config["task"], config["model"]) == ("vlmfast_task", "vqa", "toys:Jointly")
     assert config["outputs"] == sorted(COLOURS)
 
 

@@ -131,7 +131,7 @@ def stopping(folder: Path, where: str, step_seconds: float) -> int:
 def test_a_signal_saves_what_there_is_and_ends_the_run(
     tmp_path: Path, where: str, step: int | None, number: signal.Signals
 ) -> None:
-    run = Run(tmp_path, stopping, tmp_path, where, 0.5)
+    run = Run(tmp_path, stopping, tmp_path, where, 3.0)
     run.wait_for((tmp_path / "marker").exists)
     run.send(number)
     assert run.code() == 128 + number
@@ -154,7 +154,7 @@ def test_a_second_signal_ends_the_process_at_once(
     run = Run(tmp_path, stopping, tmp_path, where, 600.0)
     run.wait_for((tmp_path / "marker").exists)
     run.send(first)
-    time.sleep(0.2)
+    time.sleep(2.0)  # signals that are pending together are handled in the order of their numbers
     assert run.process.is_alive()
     run.send(second)
     assert run.code() == 128 + second
