@@ -53,7 +53,7 @@ def test_instruction_sets(run_python, capability: str) -> None:
     """What torch is told to use decides the kernels; a narrower set than the processor's own gives the same results."""
     from pathlib import Path
 
-    program = ISA.format(tests=str(Path(__file__).parents[1]))
+    program = ISA.format(tests=str(Path(__file__).parents[1] / "helpers"))
     used = run_python(program, ATEN_CPU_CAPABILITY=capability, VLMFAST_BACKEND="cpu").strip()
     assert used == "baseline" if capability == "default" else used in ("avx2", "baseline")
 
