@@ -23,7 +23,7 @@ from vlmfast.kernels.pairs import (
     on_the_diagonal,
     store_gradient,
 )
-from vlmfast.kernels.products import ceil_div
+from vlmfast.kernels.products import ceil_div, tensor_or
 
 import triton
 import triton.language as tl
@@ -310,7 +310,7 @@ def forward(
     """row_stats (3, n), col_stats (3, m) or (3, 0), shift (), kept, which is dot (and shift infinite) if asked for."""
     split, config, _, x, y = pairs.prepare(image, text, row_codes is not None)
     n, m, dim = image.shape[0], text.shape[0], image.shape[1]
-    groups, codes = row_codes is not None, (_or(row_codes, scale), _or(col_codes, scale))
+    groups, codes = row_codes is not None, (tensor_or(row_codes, scale), tensor_or(col_codes, scale))
     kept = image.new_empty((n, m) if keep else (0, 0), dtype=torch.float32)
     shift = image.new_empty((), dtype=torch.float32)
     of_cols = m if columns else 0
@@ -349,7 +349,7 @@ def normalise(
         stats = stats if stats.stride(1) == 1 else stats.contiguous()
         n = stats.shape[1]
         found.append(stats.new_empty((3, n)))
-        arguments += [stats, stats.stride(0), weight, _or(count, weight), found[-1], n]
+        arguments += [stats, stats.stride(0), weight, tensor_or(count, weight), found[-1], n]
         programs += ceil_div(n, NORMALISED)
     if len(sides) == 1:
         arguments += arguments
@@ -393,8 +393,8 @@ def backward(
                 col_tiles = ceil_div(width, config.block_n)
                 chunk = pairs.gradient_chunk(image, row_tiles * config.block_m, col_tiles * config.block_n, split)
                 gradient_kernel[(row_tiles, col_tiles)](
-                    *x, *y, scale, rows, cols, shift, kept, _or(row_codes, scale), _or(col_codes, scale), chunk,
-                    n, m, dim, label_offset, first_row, first_col, chunk.shape[2],
+                    *x, *y, scale, rows, cols, shift, kept, tensor_or(row_codes, scale), tensor_or(col_codes, scale),
+                    chunk, n, m, dim, label_offset, first_row, first_col, chunk.shape[2],
                     SPLIT=split, GROUPS=row_codes is not None, KEPT=kept.numel() > 0, **config.options,
                 )  # fmt: skip
                 pairs.accumulate(
@@ -406,11 +406,6 @@ def backward(
     none = image.new_empty(0)
     dx, dy = gradients[0] if image_grad else none, gradients[-1] if text_grad else none
     return dx, dy, d_scale.to(scale.dtype)
-
-
-def _or(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
-    """A kernel's pointer argument that is not read where there is no tensor."""
-    return otherwise if tensor is None else tensor
 
 
 def _device_of(tensor: Tensor) -> torch.cuda.device_of:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from vlmfast.kernels import products
-from vlmfast.kernels.products import ceil_div, loaded, rounded
+from vlmfast.kernels.products import ceil_div, loaded, rounded, tensor_or
 
 import triton
 import triton.language as tl
@@ -119,7 +119,7 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor)
     own = x.new_empty(n, dtype=torch.float32)
     with torch.cuda.device_of(x):
         sums_kernel[(ceil_div(n, options["BLOCK_M"]), tiles)](
-            x, w, _or(bias, own), labels.contiguous(), tops, sums, own, n, words, dim, **options
+            x, w, tensor_or(bias, own), labels.contiguous(), tops, sums, own, n, words, dim, **options
         )
     top = tops.amax(0)
     shift = torch.where(top == -math.inf, 0, top)
@@ -155,7 +155,7 @@ def backward(
             width = part.stop - first
             g = x.new_empty((n, width))
             gradient_kernel[(ceil_div(n, options["BLOCK_M"]), ceil_div(width, options["BLOCK_N"]))](
-                x, w, _or(bias, side), labels.contiguous(), side, g, n, words, dim, first, width, **options
+                x, w, tensor_or(bias, side), labels.contiguous(), side, g, n, words, dim, first, width, **options
             )
             if hidden_grad:
                 _add_product(d_hidden, g, w[part])
@@ -178,8 +178,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if a.dtype != torch.float32 and a.device.type == "cuda" and not torch.version.hip:
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     return total.addmm_(a.float(), b.float())
-
-
-def _or(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
-    """A kernel's pointer argument that is not read where there is no tensor."""
-    return otherwise if tensor is None else tensor

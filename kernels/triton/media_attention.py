@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vlmfast.kernels.products import capability, ceil_div, loaded, precision, rounded
+from vlmfast.kernels.products import capability, ceil_div, loaded, precision, rounded, tensor_or
 from vlmfast.kernels.products import unsupported as device_unsupported
 
 import triton
@@ -328,7 +328,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, media: Any) -> tuple[Tensor, Tensor
     with torch.cuda.device_of(q):
         rows = _rows(q, k, media, config.rows)
         forward_kernel[(ceil_div(length, config.rows), batch * heads)](
-            q, k, v, out, lse, *rows, _or(media.len, rows[0]), _or(media.key_bias, lse),
+            q, k, v, out, lse, *rows, tensor_or(media.len, rows[0]), tensor_or(media.key_bias, lse),
             *_sizes(q, k), media.tokens_per_media, media.scale, *q.stride(), *k.stride(), *v.stride(),
             **_meaning(q, v, media), ROWS=config.rows, KEYS=config.keys,
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -363,7 +363,7 @@ def backward(
             grad_out, out, delta, heads, length, *grad_out.stride(), *out.stride(),
             ROWS=config.rows, V_DIM=meaning["V_DIM"], V_WIDTH=meaning["V_WIDTH"], num_warps=config.num_warps,
         )  # fmt: skip
-        inputs = (*rows, _or(media.len, rows[0]), _or(media.key_bias, lse), *_sizes(q, k))
+        inputs = (*rows, tensor_or(media.len, rows[0]), tensor_or(media.key_bias, lse), *_sizes(q, k))
         inputs += (media.tokens_per_media, media.scale)
         strides = (*grad_out.stride(), *q.stride(), *k.stride(), *v.stride())
         options = {**meaning, "ROWS": config.rows, "KEYS": config.keys}
@@ -384,16 +384,11 @@ def _rows(q: Tensor, k: Tensor, media: Any, tile: int) -> tuple[Tensor, ...]:
     tiles = ceil_div(length, tile)
     tile_first, tile_last = (q.new_empty(batch, tiles, dtype=torch.int32) for _ in range(2))
     rows_kernel[(tiles, batch)](
-        _or(media.lo, first), _or(media.hi, first), _or(media.len, first), first, last, tile_first, tile_last,
-        length, k.shape[2] // media.tokens_per_media, media.tokens_per_media,
+        tensor_or(media.lo, first), tensor_or(media.hi, first), tensor_or(media.len, first),
+        first, last, tile_first, tile_last, length, k.shape[2] // media.tokens_per_media, media.tokens_per_media,
         ROWS=tile, INTERVALS=media.lo is not None, LENGTHS=media.len is not None, EMPTY_ALL=media.empty_all,
     )  # fmt: skip
     return first, last, tile_first, tile_last
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """What stands for an argument that is not there, and that the kernel does not read."""
-    return other if tensor is None else tensor
 
 
 def _sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:

@@ -70,3 +70,8 @@ def unsupported(tensor: Tensor, *args: Any) -> str | None:
     if not torch.version.hip and torch.cuda.get_device_capability(tensor.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
+
+
+def tensor_or(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
+    """A kernel's pointer argument that is not read where there is no tensor."""
+    return otherwise if tensor is None else tensor

@@ -13,6 +13,7 @@ from numerics import loss_and_gradients
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmfast.nn import language_model_loss
 from vlmfast.ops import linear_cross_entropy
 from vlmfast.ops.linear_cross_entropy import IMPLS, reference
 
@@ -230,3 +231,16 @@ def test_properties(name: str, rows: int, dim: int, vocabulary: int, size: float
         kept = loss_and_gradients(lambda x, w: linear_cross_entropy(x, w, labels, recompute=True), (hidden, weight))
         for a, b in zip(kept, first, strict=True):
             close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_labels_of_few_bits(dtype: torch.dtype) -> None:
+    """-100 is 156 as a byte, and 156 is a word."""
+    labels = torch.tensor([100, 3, 0] if dtype == torch.int8 else [156, 3, 0])
+    hidden, weight = torch.randn(3, 8), torch.randn(200, 8)
+    each = linear_cross_entropy(hidden, weight, labels.to(dtype), reduction="none")
+    assert torch.equal(each, linear_cross_entropy(hidden, weight, labels, reduction="none"))
+    assert (each > 0).all()
+    torch.testing.assert_close(each, reference(hidden, weight, labels.to(dtype), reduction="none"))
+    loss = language_model_loss(hidden[None], weight, labels.to(dtype)[None])
+    torch.testing.assert_close(loss, language_model_loss(hidden[None], weight, labels[None]))

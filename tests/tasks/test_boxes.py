@@ -12,7 +12,7 @@ from toys import COLOURS, WORDS, Toy, halves, ids, word_tokenizer, write_tar
 
 from vlmfast.data import FeatureCache, ImageTextDataset, eval_transform
 from vlmfast.tasks.boxes import from_model, overlap, stretched, to_model
-from vlmfast.tasks.detection import Detection, DetectionOptions, average_precision
+from vlmfast.tasks.detection import Detection, DetectionOptions, average_precision, objects_of
 from vlmfast.tasks.grounding import Grounding, phrase_mask, phrases_of
 
 NAMES = list(COLOURS)
@@ -36,9 +36,10 @@ class Pointer(Toy):
 
 
 class Finder(Toy):
-    """Finds both halves by name, of any names that it is asked for; without eyes always red, on the whole image."""
+    """Finds both halves by name, of any names that it is asked for; without eyes all of them, in one box."""
 
     open_vocabulary = True
+    without_eyes = (0.0, 0, 8, 8)
 
     def detect(self, image: Any, phrases: Any = None) -> list[dict[str, torch.Tensor]]:
         found = []
@@ -47,7 +48,7 @@ class Finder(Toy):
             asked = phrases[row] if phrases is not None else NAMES
             pairs = [(box, n) for box, name in zip(boxes, half, strict=True) for n, p in enumerate(asked) if name in p]
             if not self.eyes:
-                pairs = [(torch.tensor([0.0, 0, 8, 8]), n) for n, _ in enumerate(asked)]
+                pairs = [(torch.tensor(self.without_eyes), n) for n, _ in enumerate(asked)]
             found.append(
                 {
                     "boxes": torch.stack([box for box, _ in pairs]) if pairs else torch.zeros(0, 4),
@@ -56,6 +57,12 @@ class Finder(Toy):
                 }
             )
         return found
+
+
+class LeftFinder(Finder):
+    """Without eyes on the left; the whole image would overlap either half by one half, which is enough."""
+
+    without_eyes = (0.0, 0, 4, 8)
 
 
 def sides(model: Toy, pixels: torch.Tensor) -> list[tuple[str, ...]]:
@@ -96,7 +103,7 @@ def source(tmp_path: Path) -> str:
     return write(tmp_path / "val.tar", *PAIRS)
 
 
-@pytest.mark.parametrize("model", [Pointer, Finder])
+@pytest.mark.parametrize("model", [Pointer, LeftFinder])
 def test_grounding(model: type[Toy], source: str, tmp_path: Path) -> None:
     right = Grounding().evaluate(model(), source, word_tokenizer(), None, batch_size=3)
     wrong = Grounding().evaluate(model(eyes=False), source, word_tokenizer(), None)
@@ -105,8 +112,7 @@ def test_grounding(model: type[Toy], source: str, tmp_path: Path) -> None:
     assert right.rows["model"] == right.rows["upper bound"] == {"accuracy": 1.0}
     assert right.rows["blind"]["accuracy"] < 0.7
     assert wrong.rows["model"] == wrong.rows["blind"]
-    # Always the left half, or the whole image, which overlaps either half by one half.
-    assert wrong.rows["model"]["accuracy"] == (0.5 if model is Pointer else 1.0)
+    assert wrong.rows["model"]["accuracy"] == 0.5  # always the left half
     assert right.rows["chance"] == {"accuracy": 0.5 if model is Pointer else 1.0}
     json.dumps(right.to_dict())
     wrong.report(tmp_path / "report.png")
@@ -165,6 +171,26 @@ def test_average_precision_of_a_worked_example() -> None:
     scores, each = average_precision([found], [truth])
     assert scores["mAP50"] == pytest.approx(0.5 * 51 / 101)
     assert each == pytest.approx({0: 0.5 * 51 / 101})
+
+
+def test_a_crowd_need_not_be_found() -> None:
+    """Of a crowd COCO counts neither that it was missed nor what was found within it."""
+    person = {"box": [0, 0, 4, 4], "name": "person"}
+    boxes, names, crowd = objects_of({"objects": [person, {**person, "box": [6, 0, 16, 10], "crowd": True}]})
+    assert (names, crowd.tolist()) == (["person", "person"], [0, 1])
+    truth = {"boxes": boxes.float(), "labels": torch.zeros(2, dtype=torch.int64), "iscrowd": crowd}
+    found = {"boxes": boxes[:1].float(), "scores": torch.ones(1), "labels": torch.zeros(1, dtype=torch.int64)}
+    scores, _ = average_precision([found], [truth])
+    assert scores["mAP"] == pytest.approx(1.0)
+    missed, _ = average_precision([found], [{**truth, "iscrowd": torch.zeros(2, dtype=torch.int64)}])
+    assert missed["mAP"] < 0.6
+
+
+def test_objects_without_names_are_an_error(tmp_path: Path) -> None:
+    objects = json.dumps({"objects": [{"box": [0, 0, 4, 4]}]}).encode()
+    nameless = write_tar(tmp_path / "nameless.tar", [("a.png", halves("red", "blue")), ("a.json", objects)])
+    with pytest.raises(ValueError, match="source: no object of 1 samples has a box and a name"):
+        Detection().evaluate(Finder(), nameless, word_tokenizer(), None)
 
 
 def test_overlap() -> None:

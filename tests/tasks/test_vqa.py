@@ -183,6 +183,23 @@ def test_the_record_and_the_picture(source: str, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "report.png").width > 1000
 
 
+@pytest.mark.parametrize("answers", ["red", 5, {"red": 3}, []])
+def test_answers_that_are_no_list_are_none(answers: Any, tmp_path: Path) -> None:
+    """The letters of a word are no answers."""
+    unlisted = {"question": "what colour is it?", "answers": answers}
+    source = write_records(tmp_path / "val.tar", ("red", unlisted), ("blue", record("blue")))
+    scores = score(Answerer(), source)
+    assert scores.num_samples == 2
+    assert scores.skipped == {"question without answer": 2}
+    assert scores.rows["model"] == {"accuracy": 1.0}
+
+
+def test_a_head_needs_an_image_that_can_be_read(tmp_path: Path) -> None:
+    source = write_records(tmp_path / "train.tar", ("no colour", record("red")))
+    with pytest.raises(ValueError, match=r"source: no sample of 2 could be used; .*corrupt image"):
+        VQA(VQAOptions()).trainable(joint_model(True), source, word_tokenizer(), None)
+
+
 def test_no_question_is_an_error(tmp_path: Path) -> None:
     nothing = write_records(tmp_path / "none.tar", ("red", {"caption": "red"}), ("red", {"question": "what?"}))
     with pytest.raises(ValueError, match="none of 2 samples has a question with answers"):

@@ -54,6 +54,29 @@ def parse(
     return made
 
 
+def split(argument: str) -> tuple[str, str, str]:
+    """--option=value in its parts; what is no option, or has no value in it, is the first alone."""
+    return argument.partition("=") if argument.startswith("--") else (argument, "", "")
+
+
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option that decides how the others are read, None where it does not stand there.
+
+    Raises:
+        UsageError: nothing follows it.
+    """
+    found = None
+    for k, argument in enumerate(arguments):
+        name, equals, value = split(argument)
+        if name != option:
+            continue
+        following = "".join(arguments[k + 1 : k + 2])
+        if not equals and (not following or following.startswith("--")):
+            raise UsageError(f"argument {option}: expected one argument")
+        found = value if equals else following  # the last one counts
+    return found
+
+
 def _parser(
     program: str, classes: Mapping[str, tuple[type, Mapping[str, Any]]], shown: Collection[str] | None, everything: bool
 ) -> argparse.ArgumentParser:

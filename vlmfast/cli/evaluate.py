@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmfast.cli.arguments import parse
+from vlmfast.cli.arguments import parse, value_of
 from vlmfast.models import model_class, model_type
 from vlmfast.tasks import TASKS, default_task, task_class
 
@@ -55,12 +54,10 @@ def run(arguments: Sequence[str]) -> int:
     from vlmfast.models.checkpoints import find_tokenizer, load
 
     # The task decides which flags there are, and the model which task it is.
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--task", "--model", "--checkpoint"):
-        early.add_argument(name)
-    known, _ = early.parse_known_args(arguments)
-    cls, own_task = _class(known.model, known.checkpoint) if known.checkpoint else (None, next(iter(TASKS)))
-    task_name = known.task or own_task or default_task(cls)
+    checkpoint = value_of("--checkpoint", arguments)
+    name = value_of("--model", arguments)
+    cls, own_task = _class(name, checkpoint) if checkpoint else (None, next(iter(TASKS)))
+    task_name = value_of("--task", arguments) or own_task or default_task(cls)
     task = task_class(task_name)
     groups: dict[str, Any] = {"the run": (EvalArguments, {})}
     if dataclasses.fields(task.Options):
@@ -107,7 +104,7 @@ def _class(name: str | None, checkpoint: str) -> tuple[Any, str | None]:
     found = read_config(find(checkpoint))
     if found.get("model_type") == TaskConfig.model_type:
         return TaskModel, found.get("task")
-    return named or model_class(model_type(checkpoint)), None
+    return named or model_class(model_type(checkpoint, found)), None
 
 
 def _model_options(model: Any, args: EvalArguments) -> Options:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmfast.cli.arguments import UsageError, parse
+from vlmfast.cli.arguments import UsageError, parse, split, value_of
 from vlmfast.models import MODELS, model_class
 from vlmfast.tasks import TASKS, default_task, evaluator, task_class
 
@@ -90,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
 
     cls = model_class(name)
     kinds: dict[str, Any] = {f"{name}: {cls.paper}": (cls.Options, {}), "data": (DataArguments, {})}
-    task_name = _value_of("--task", rest)
+    task_name = value_of("--task", rest)
     if task_name is not None and dataclasses.fields(task_class(task_name).Options):
         kinds[f"task {task_name}"] = (task_class(task_name).Options, {})
     kinds["training"] = (PretrainingArguments, cls.training_defaults)
@@ -163,31 +163,18 @@ def run(arguments: Sequence[str]) -> int:
 
 def _model_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """MODEL, None when only help is asked for, and what follows; --model NAME of earlier versions goes on working."""
-    rest = [RENAMED.get(option, option) + equals + value for option, equals, value in map(_split, arguments)]
+    rest = [RENAMED.get(option, option) + equals + value for option, equals, value in map(split, arguments)]
     if rest and not rest[0].startswith("-"):
         return rest[0], rest[1:]
-    if (name := _value_of("--model", rest)) is not None:
+    if (name := value_of("--model", rest)) is not None:
         print(f"vlmfast train: --model {name} is now the first argument: vlmfast train {name} ...", file=sys.stderr)
-        place = next(k for k, argument in enumerate(rest) if _split(argument)[0] == "--model")
+        place = next(k for k, argument in enumerate(rest) if split(argument)[0] == "--model")
         return name, rest[:place] + rest[place + (1 if "=" in rest[place] else 2) :]
     if {"-h", "--help", "--help-all"} & set(rest) or not rest:
         return None, rest
     first = next(iter(MODELS))
     print(f"vlmfast train: no MODEL named, so {first}: vlmfast train {first} ...", file=sys.stderr)
     return first, rest
-
-
-def _split(argument: str) -> tuple[str, str, str]:
-    return argument.partition("=") if argument.startswith("--") else (argument, "", "")
-
-
-def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    """What follows an option, which decides how the others are read."""
-    for k, argument in enumerate(arguments):
-        name, equals, value = _split(argument)
-        if name == option:
-            return value if equals else "".join(arguments[k + 1 : k + 2])
-    return None
 
 
 def _tokenizer(cls: Any, options: Any, data_args: DataArguments) -> Any:

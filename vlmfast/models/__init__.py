@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -19,15 +20,18 @@ MODELS = {
 """By the model_type of their configs: "module:Class"."""
 
 
-def model_type(checkpoint: str) -> str:
+def model_type(checkpoint: str, settings: Mapping[str, Any] | None = None) -> str:
     """The model_type of a checkpoint, a folder or a name on a hub, one of MODELS.
 
+    Args:
+        checkpoint: where it lies.
+        settings: of its config.json, where they have been read already.
     Raises:
         ValueError: it is none of them.
     """
     from vlmfast.models.checkpoints import find, read_config
 
-    name = read_config(find(checkpoint)).get("model_type")
+    name = (read_config(find(checkpoint)) if settings is None else settings).get("model_type")
     if name not in MODELS:
         raise ValueError(f"{checkpoint}: expected a checkpoint of {', '.join(MODELS)}; got model_type {name!r}")
     return str(name)

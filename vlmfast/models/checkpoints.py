@@ -204,6 +204,37 @@ def load(cls: Any, checkpoint: str, *, may_be_new: bool = False, **config: Any) 
     return model
 
 
+def load_auto(auto: Any, name: str, source: str, new: tuple[str, ...] = (), **options: Any) -> Any:
+    """A pretrained model by one of transformers' Auto classes, its files, sizes and weights checked.
+
+    Args:
+        auto: the class, such as AutoModel.
+        name: of what is loaded, for messages.
+        source: as `find` gives it.
+        new: what the names of weights begin with that may be missing.
+        options: of from_pretrained, such as dtype.
+    Raises:
+        ValueError: a file is damaged, a size is out of bounds, or weights are missing.
+    """
+    from transformers import AutoConfig
+
+    read_config(source)
+    with reading(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_sizes(source, config, lambda: auto.from_config(config, trust_remote_code=False))
+    with reading(source):
+        model, report = auto.from_pretrained(
+            source,
+            config=config,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    check_weights(name, source, model, report, new=new)
+    return model
+
+
 def check_weights(
     name: str, source: str, model: torch.nn.Module, report: Mapping[str, Any], new: tuple[str, ...] = ()
 ) -> None:

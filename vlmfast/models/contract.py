@@ -320,6 +320,21 @@ def parse_overrides(config_class: Any, overrides: Sequence[str]) -> dict[str, An
     return found
 
 
+def vision_fingerprint(config: Any, *modules: nn.Module, **more: Any) -> str:
+    """`fingerprint` of an image tower: its config without what does not decide features, and how pixels are normalised.
+
+    Args:
+        config: of the model; it has vision_config, image_mean and image_std.
+        modules: whose weights count.
+        more: other settings that decide the features.
+    """
+    settings = config.vision_config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
+        settings.pop(name, None)
+    settings["pixels"] = [list(config.image_mean), list(config.image_std)]
+    return fingerprint({**settings, **more}, *modules)
+
+
 def fingerprint(settings: Mapping[str, Any], *modules: nn.Module) -> str:
     """A hash of settings and of the weights of modules, for `frozen_fingerprint`."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -76,8 +76,8 @@ class ImageTower(nn.Module):
             self.projection.weight.copy_(projection)
 
 
-def small_vit(image_size: int, patch_size: int, width: int, layers: int) -> transformers.CLIPVisionConfig:
-    """CLIP's image tower from a few numbers: heads of 64, MLPs four times as wide, exact GELU.
+def small_vit(image_size: int, patch_size: int, width: int, layers: int, **more: Any) -> transformers.CLIPVisionConfig:
+    """CLIP's image tower from a few numbers: heads of 64, MLPs four times as wide, exact GELU; more is of its config.
 
     Raises:
         ValueError: the width is not a multiple of 64, or `image_size` not one of `patch_size`.
@@ -94,6 +94,7 @@ def small_vit(image_size: int, patch_size: int, width: int, layers: int) -> tran
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         hidden_act="gelu",
+        **more,
     )
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vlmfast.data.text import gguf_file
-from vlmfast.models.checkpoints import check_sizes, check_weights, find, making, read_config, reading
+from vlmfast.models.checkpoints import find, load_auto, making, reading
 
 POSITIONS = 512  # of a small GPT-2: four examples with their images, and a question
 
@@ -67,20 +67,7 @@ def load_language_model(source: str) -> PreTrainedModel:
                 delattr(model.config, leftover)
     else:
         source = find(source)
-        read_config(source)
-        with reading(source):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        check_sizes(source, config, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-        with reading(source):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-        check_weights(name, source, model, report)
+        model = load_auto(AutoModelForCausalLM, name, source, dtype=torch.float32)
     # What a checkpoint recommends, such as sampling, is not what a caller who asks for nothing gets.
     tokens = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = transformers.GenerationConfig(**tokens)

@@ -27,7 +27,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 from typing_extensions import Self
 
-from vlmfast.models.contract import Pretrainable, fingerprint
+from vlmfast.models.contract import Pretrainable, fingerprint, vision_fingerprint
 from vlmfast.models.image_tower import ImageTower, load_image_tower, small_vit
 from vlmfast.models.language_model import (
     absolute,
@@ -292,11 +292,7 @@ class PrefixModel(Pretrainable, PreTrainedModel):
 
     def frozen_fingerprint(self) -> str:
         """A hash of what decides `frozen_features`: architecture and weights, normalisation, what is read."""
-        settings = self.config.vision_config.to_dict()
-        for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
-            settings.pop(name, None)
-        settings["pixels"] = [list(self.config.image_mean), list(self.config.image_std)]
-        return fingerprint({**settings, "reads": self.reads}, self.vision)
+        return vision_fingerprint(self.config, self.vision, reads=self.reads)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Of the image tower: (N, W), or (N, R, W) where tokens are read; without gradient where it is frozen.

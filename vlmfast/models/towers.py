@@ -18,14 +18,11 @@ from transformers.models.align.modeling_align import round_filters
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, CLIPVisionEmbeddings
 
 from vlmfast.models.checkpoints import (
-    check_sizes,
-    check_weights,
     find,
+    load_auto,
     making,
     of_config,
-    read_config,
     read_json,
-    reading,
     refuse_kernels,
 )
 from vlmfast.nn import transformers as stems
@@ -353,17 +350,7 @@ def load_model(name: str, source: str) -> PreTrainedModel:
         FileNotFoundError: there is no such folder or name.
         ValueError: a file is damaged, or weights are missing.
     """
-    source = find(source)
-    read_config(source)
-    with reading(source):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    check_sizes(source, config, lambda: AutoModel.from_config(config, trust_remote_code=False))
-    with reading(source):
-        model, report = AutoModel.from_pretrained(
-            source, config=config, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    check_weights(name, source, model, report, new=("pooler.",))
-    loaded: PreTrainedModel = model
+    loaded: PreTrainedModel = load_auto(AutoModel, name, find(source), new=("pooler.",))
     return loaded
 
 

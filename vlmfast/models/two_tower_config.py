@@ -11,6 +11,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from typing_extensions import Self
 
 from vlmfast.models.contract import ImageTextOptions
+from vlmfast.models.image_tower import small_vit
 from vlmfast.models.towers import tower_config, tower_width
 
 
@@ -87,22 +88,12 @@ def small_towers(
     for name, width in {"vision_width": vision_width, "text_width": text_width}.items():
         if width <= 0 or width % 64:
             raise ValueError(f"{name}: expected a positive multiple of 64 (the head size), got {width}")
-    if image_size % patch_size:
-        raise ValueError(f"image_size: expected a multiple of patch_size {patch_size}, got {image_size}")
+    vision = small_vit(image_size, patch_size, vision_width, vision_layers, projection_dim=embed_dim)
     if eos_token_id == 2 or not 0 <= eos_token_id < vocab_size:
         reason = "which transformers takes for 'the highest id ends the text'"
         raise ValueError(f"eos_token_id: expected one below {vocab_size} but 2, {reason}, got {eos_token_id}")
     return {
-        "vision_config": transformers.CLIPVisionConfig(
-            image_size=image_size,
-            patch_size=patch_size,
-            hidden_size=vision_width,
-            intermediate_size=4 * vision_width,
-            num_hidden_layers=vision_layers,
-            num_attention_heads=vision_width // 64,
-            projection_dim=embed_dim,
-            hidden_act="gelu",
-        ),
+        "vision_config": vision,
         "text_config": transformers.CLIPTextConfig(
             vocab_size=vocab_size,
             max_position_embeddings=max_length,

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from vlmfast.nn._sizes import check_integer, check_integers, check_real
 from vlmfast.ops import linear_cross_entropy
+from vlmfast.ops._arguments import INTEGERS
 from vlmfast.ops.linear_cross_entropy import REDUCTIONS
 
 Head = nn.Module | Tensor
@@ -138,6 +139,8 @@ def language_model_loss(
         if not isinstance(target, Tensor):
             raise TypeError(f"{op}: labels must be a tensor for one hidden; got {type(target).__name__}")
         _check_labels(op, part, target)
+        if target.dtype in INTEGERS:  # small integers hold no ignore_index
+            target = target.long()
         following = F.pad(target[..., 1:], (0, 1), value=ignore_index) if shift and target.shape[-1] else target
         flat.append(following.reshape(-1))
     rows = [part.reshape(-1, part.shape[-1]) for part in parts]

@@ -64,6 +64,7 @@ def reference(
 
     Unlike F.cross_entropy it keeps 1 - p of a label that is nearly certain.
     """
+    labels = labels.long()
     rows = (labels != ignore_index).nonzero()[:, 0]
     logits = F.linear(hidden[rows], weight, bias)
     label = labels[rows, None]
@@ -124,6 +125,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     _check(hidden, weight, labels, bias, label_smoothing, reduction)
+    labels = labels.long()  # small integers cannot be compared with every ignore_index
     if recompute is None:
         recompute = hidden.shape[0] * weight.shape[0] * 4 > STORE_BUDGET_BYTES
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
@@ -289,18 +291,21 @@ IMPLS = {
 }
 
 
-def _rows(labels: Tensor, ignore_index: int, words: int) -> tuple[Tensor | None, Tensor]:
+def _rows(labels: Tensor, ignore_index: int) -> tuple[Tensor | None, Tensor]:
     """Which rows have a label, None for all, and their labels."""
     rows = (labels != ignore_index).nonzero()[:, 0]
-    chosen = labels.long()[rows]
+    return (None if len(rows) == len(labels) else rows), labels[rows].long()
+
+
+def _check_range(chosen: Tensor, index: Tensor | None, ignore_index: int, words: int) -> None:
+    """IndexError for the first of the labels that is no word."""
     wrong = ((chosen < 0) | (chosen >= words)).nonzero()[:, 0]
     if len(wrong):
-        first = int(rows[wrong[0]])
+        row = int(wrong[0] if index is None else index[wrong[0]])
         raise IndexError(
             f"linear_cross_entropy: labels must be in [0, {words}) or ignore_index {ignore_index}; "
-            f"got {labels[first].item()} in row {first}"
+            f"got {chosen[wrong[0]].item()} in row {row}"
         )
-    return (None if len(rows) == len(labels) else rows), chosen
 
 
 def normalise(stats: Tensor, mean: Tensor | None, label_smoothing: float, words: int) -> tuple[Tensor, Tensor]:
@@ -332,7 +337,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, words = hidden.shape[0], weight.shape[0]
     with without_autocast():
-        index, chosen = _rows(labels, ignore_index, words)
+        index, chosen = _rows(labels, ignore_index)
+        _check_range(chosen, index, ignore_index, words)
         x = hidden if index is None else hidden[index]
         if not len(chosen):
             return _fake_forward(hidden, weight, bias, labels, ignore_index, label_smoothing, keep)
@@ -365,7 +371,7 @@ def _backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with without_autocast():
-        index, chosen = _rows(labels, ignore_index, weight.shape[0])
+        index, chosen = _rows(labels, ignore_index)  # forward has looked at their range
         x, unit = (hidden, grad.float()) if index is None else (hidden[index], grad.float()[index])
         offsets = None if bias is None else bias.float()
         if not len(chosen):

@@ -28,6 +28,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def seen_as(dataset: Any, transform: Any) -> Iterator[None]:
+    """The images of a dataset by another transform, without its features; on leaving both are as before."""
+    before = dataset.transform, dataset.features
+    dataset.transform, dataset.features = transform, None
+    try:
+        yield
+    finally:
+        dataset.transform, dataset.features = before
+
+
 def place(model: nn.Module, device: torch.device | str | None) -> torch.device:
     """Move the model to the device; None leaves it where it is. Returns the device it is on."""
     if device is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.tasks.batches import batches
+from vlmfast.tasks.batches import batches, seen_as
 from vlmfast.tasks.task import Run
 
 
@@ -30,9 +30,7 @@ def image_sizes(run: Run) -> dict[int, tuple[int, int]]:
     """Width and height in pixels of every image of the dataset that can be read."""
     dataset = run.dataset
     found: dict[int, tuple[int, int]] = {}
-    transform, features = dataset.transform, dataset.features
-    dataset.transform, dataset.features = _size, None
-    try:
+    with seen_as(dataset, _size):
         for batch, indices, _ in batches(
             dataset,
             _sizes,
@@ -43,8 +41,6 @@ def image_sizes(run: Run) -> dict[int, tuple[int, int]]:
             name="sizes",
         ):
             found |= {index: (int(w), int(h)) for index, (w, h) in zip(indices, batch["sizes"], strict=True)}
-    finally:
-        dataset.transform, dataset.features = transform, features
     return found
 
 

@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from vlmfast.data import ImageTextDataset, eval_transform
-from vlmfast.tasks.batches import batches, cycle
+from vlmfast.data.records import text_of
+from vlmfast.tasks.batches import batches, cycle, seen_as
 from vlmfast.tasks.caption_metrics import caption_scores, has_java, tokenize
 from vlmfast.tasks.generation import GenerationOptions, generate
 from vlmfast.tasks.page import ACCENT, INK, MUTED, Cell, gallery
@@ -95,9 +96,7 @@ class Captioning(Task):
 
 def captions_of(sample: Any) -> list[str]:
     """All true captions of a sample."""
-    several = sample.record.get("captions")
-    found = [text.strip() for text in several if isinstance(text, str)] if isinstance(several, list) else []
-    return [text for text in found if text] or [sample.caption]
+    return list(text_of(sample.record).captions) or [sample.caption]
 
 
 def nearest_captions(run: Run, train_data: Any) -> dict[int, str]:
@@ -107,12 +106,8 @@ def nearest_captions(run: Run, train_data: Any) -> dict[int, str]:
     """
     train = ImageTextDataset(train_data, transform=eval_transform(THUMBNAIL))
     theirs, _, training = _thumbnails(run, train)
-    own = run.dataset
-    transform, own.transform = own.transform, eval_transform(THUMBNAIL)
-    try:
-        ours, indices, _ = _thumbnails(run, own)
-    finally:
-        own.transform = transform
+    with seen_as(run.dataset, eval_transform(THUMBNAIL)):
+        ours, indices, _ = _thumbnails(run, run.dataset)
     best = torch.cat([(chunk @ theirs.T).argmax(dim=1) for chunk in ours.split(1024)])
     return {index: captions_of(training[place])[0] for index, place in zip(indices, best.tolist(), strict=True)}
 

@@ -47,13 +47,19 @@ class Detection(Task):
     def score(self, run: Run) -> Compared:
         sizes = image_sizes(run)
         records = {index: objects_of(run.dataset.record(index)) for index in sizes}
-        names = sorted({name for _, found in records.values() for name in found})
+        names = sorted({name for _, found, _ in records.values() for name in found})
+        if not names:
+            raise ValueError(f"source: no object of {len(sizes)} samples has a box and a name")
         found = self._detect(run, names, sizes)
         indices = run.some(list(found))
         number = {name: place for place, name in enumerate(names)}
         truth = [
-            {"boxes": records[index][0].float(), "labels": torch.tensor([number[name] for name in records[index][1]])}
-            for index in indices
+            {
+                "boxes": boxes.float(),
+                "labels": torch.tensor([number[name] for name in found], dtype=torch.int64),
+                "iscrowd": crowd,
+            }
+            for boxes, found, crowd in map(records.__getitem__, indices)
         ]
         said = {"model": [found[index] for index in indices]}
         said["blind"] = [
@@ -107,14 +113,15 @@ class Detection(Task):
         return found
 
 
-def objects_of(record: dict[str, Any]) -> tuple[Tensor, list[str]]:
-    """Boxes (N, 4) float64 and names of the objects of a record that have both."""
+def objects_of(record: dict[str, Any]) -> tuple[Tensor, list[str], Tensor]:
+    """Boxes (N, 4) float64 and names of the objects of a record that have both, and 1 (N,) for a crowd in one box."""
     kept = [
-        (o["box"], o["name"])
+        (o["box"], o["name"], bool(o.get("crowd")))
         for o in record.get("objects", ())
         if isinstance(o, dict) and isinstance(o.get("name"), str) and len(o.get("box") or ()) == 4
     ]
-    return torch.tensor([box for box, _ in kept], dtype=torch.float64).view(-1, 4), [name for _, name in kept]
+    boxes = torch.tensor([box for box, _, _ in kept], dtype=torch.float64).view(-1, 4)
+    return boxes, [name for _, name, _ in kept], torch.tensor([crowd for _, _, crowd in kept], dtype=torch.int64)
 
 
 def average_precision(
@@ -124,7 +131,8 @@ def average_precision(
 
     Args:
         predictions: of each image "boxes" (N, 4), "scores" (N,) and "labels" (N,) int64.
-        truth: of each image "boxes" (M, 4) and "labels" (M,).
+        truth: of each image "boxes" (M, 4) and "labels" (M,), and "iscrowd" (M,) where some are crowds, which need not
+            be found.
         held_out: labels that are scored apart.
     Raises:
         ModuleNotFoundError: torchmetrics or pycocotools is not installed.

@@ -19,7 +19,7 @@ from torch import Tensor
 from vlmfast.data import ImageTextDataset
 from vlmfast.tasks.batches import Blind, Collate, evaluating
 from vlmfast.tasks.generation import Prompted
-from vlmfast.tasks.heads import Labelled, TaskModel
+from vlmfast.tasks.heads import Labelled, TaskModel, first_of
 from vlmfast.tasks.page import INK, RIGHT, WRONG, Cell, gallery
 from vlmfast.tasks.scores import Compared
 from vlmfast.tasks.task import Run, Task, Trainable
@@ -100,18 +100,6 @@ def labels_of(samples: Sequence[Any]) -> Tensor:
         if sample.record["label"] not in (0, 1):
             raise ValueError(f"label: expected 0 or 1, got {sample.record['label']} of sample {sample.key!r}")
     return torch.tensor([sample.record["label"] for sample in samples])
-
-
-def first_of(dataset: Any) -> Any:
-    """The first sample that can be read.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for index in range(len(dataset)):
-        if (sample := dataset[index]) is not None:
-            return sample
-    raise ValueError(f"source: no sample of {len(dataset)} could be used; {dict(dataset.skipped())}")
 
 
 def _collator(model: Any, model_options: Any, tokenizer: Any) -> Collate:

@@ -75,7 +75,6 @@ class TaskModel(PreTrainedModel):
     accepts_loss_kwargs = False  # forward's keyword arguments are the batch, to which Trainer is to add nothing
     config: TaskConfig
     tasks: ClassVar[tuple[str, ...]] = ()
-    accepts_loss_kwargs = False  # or the Trainer adds num_items_in_batch to the batch
 
     def __init__(self, config: TaskConfig, model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -188,3 +187,15 @@ class Labelled:
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         kept = [sample for sample in samples if sample is not None]
         return {**self.collator(kept), "labels": self.labels(kept)}
+
+
+def first_of(dataset: Any) -> Any:
+    """The first sample that can be read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for index in range(len(dataset)):
+        if (sample := dataset[index]) is not None:
+            return sample
+    raise ValueError(f"source: no sample of {len(dataset)} could be used; {dict(dataset.skipped())}")

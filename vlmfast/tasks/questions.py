@@ -34,20 +34,18 @@ class Questions(Dataset[Any]):
 
     Args:
         dataset: as `vlmfast.data.ImageTextDataset`, opened with `requires=()`.
-        images: what gives the samples, if not the dataset, such as `Blind(dataset, ...)`.
     Raises:
         ValueError: no record has a question with an answer.
     """
 
-    def __init__(self, dataset: Any, images: Any = None) -> None:
-        self.dataset = dataset
-        self.images = dataset if images is None else images
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = self.images = dataset  # `images` gives the samples, and may be changed for `Blind(dataset, ...)`
         self.items: list[Question] = []
         self.unanswered = 0
         for index in range(len(dataset)):
             for asked in asked_of(dataset.record(index)):
                 text, answers = asked.get("question"), asked.get("answers")
-                told = [normalise(answer) for answer in answers if isinstance(answer, str)] if answers else []
+                told = [normalise(a) for a in answers if isinstance(a, str)] if isinstance(answers, list) else []
                 if isinstance(text, str) and text.strip() and told:
                     self.items.append(Question(index, text.strip(), tuple(told), str(asked.get("type") or "")))
                 else:

@@ -21,8 +21,7 @@ from torch.utils.data import Dataset
 
 from vlmfast.data import ImageTextDataset
 from vlmfast.tasks.batches import Blind, EachCaption, evaluating
-from vlmfast.tasks.hateful import first_of
-from vlmfast.tasks.heads import Labelled, TaskModel
+from vlmfast.tasks.heads import Labelled, TaskModel, first_of
 from vlmfast.tasks.page import INK, MUTED, RIGHT, WRONG, Cell, gallery
 from vlmfast.tasks.scores import Compared
 from vlmfast.tasks.task import Run, Task, Trainable

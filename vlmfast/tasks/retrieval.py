@@ -229,8 +229,8 @@ class Retrieval(Task):
 
     def _by_matching(self, run: Run) -> Evaluation:
         order = torch.randperm(len(run.dataset), generator=torch.Generator().manual_seed(0)).tolist()
-        chosen = [run.dataset[index] is not None and index for index in sorted(order[: self.options.gallery])]
-        indices = run.some([index for index in chosen if index is not False])
+        drawn = sorted(order[: self.options.gallery])
+        indices = run.some([index for index in drawn if run.dataset[index] is not None])
         keys, captions, categories = zip(*(run.dataset.metadata(index) for index in indices), strict=True)
         wanted = torch.ones(len(indices), len(indices), dtype=torch.bool)
         scores = match_matrix(run, indices, captions, wanted)

@@ -7,6 +7,7 @@ most frequent for the very same question; `chance`, any of the answers that occu
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from vlmfast.data import ImageTextDataset
 from vlmfast.tasks.answers import accuracy, most_frequent, normalise
 from vlmfast.tasks.batches import Blind, evaluating
 from vlmfast.tasks.generation import GenerationOptions, generate
-from vlmfast.tasks.heads import Labelled, TaskModel
+from vlmfast.tasks.heads import Labelled, TaskModel, first_of
 from vlmfast.tasks.page import INK, MUTED, RIGHT, WRONG, Cell, gallery
 from vlmfast.tasks.questions import Question, Questions
 from vlmfast.tasks.scores import Compared
@@ -81,8 +82,9 @@ class VQA(Task):
         items = [questions.items[place] for place in kept]
         said = {"model": answered}
         if run.blind:
-            blind = Blind(run.dataset, [item.index for item in items])
-            found, places = self._answers(run, Questions(run.dataset, blind), training)
+            shuffled = copy.copy(questions)
+            shuffled.images = Blind(run.dataset, [item.index for item in items])
+            found, places = self._answers(run, shuffled, training)
             said["blind"] = [dict(zip(places, found, strict=True)).get(place, "") for place in kept]
         truth = [item.answers for item in items]
         known = [item.answers for item in training.items] if training else truth
@@ -128,8 +130,7 @@ class VQA(Task):
             return Trainable(model, _Answered(questions, self.options.prompt), collator)
         names = most_frequent([item.answers for item in questions.items])[: self.options.num_answers]
         collator = model.collator(model_options, tokenizer, train=False)
-        first = next(sample for sample in map(questions.__getitem__, range(len(questions))) if sample is not None)
-        made = TaskModel.around(model, self.name, names, collator([first]))
+        made = TaskModel.around(model, self.name, names, collator([first_of(questions)]))
         return Trainable(made, questions, Labelled(collator, partial(_soft_labels, names)))
 
     def _answers(self, run: Run, questions: Questions, training: Questions | None) -> tuple[list[str], list[int]]:

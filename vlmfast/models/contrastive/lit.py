@@ -37,7 +37,7 @@ from transformers.utils import can_return_tuple
 from typing_extensions import Self
 
 from vlmfast.distributed import rank_and_world_size
-from vlmfast.models.contract import fingerprint
+from vlmfast.models.contract import vision_fingerprint
 from vlmfast.models.towers import small_bert, tokens_first, tower_width
 from vlmfast.models.two_tower_config import PatchOptions, TwoTowerConfig, small_towers
 from vlmfast.models.two_towers import TwoTowerModel, TwoTowerOutput
@@ -130,12 +130,10 @@ class LiTModel(TwoTowerModel):
         Args:
             pixel_values: as `get_image_features`.
         """
-        outputs = self.vision_model(self._tower_input(pixel_values))
-        if self.reads_class_token:
-            pooled: Tensor = outputs.last_hidden_state[:, 0]
-        else:
-            pooled = self._pooler_output("vision_config", outputs).flatten(1)
-        return pooled.float()
+        if not self.reads_class_token:
+            return self._pool_image(pixel_values).float()
+        states: Tensor = self.vision_model(self._tower_input(pixel_values)).last_hidden_state
+        return states[:, 0].float()
 
     def frozen_features(self, pixel_values: Tensor, **others: Tensor) -> dict[str, Tensor]:
         """`encode_locked`, by the name that `forward` has for it."""
@@ -143,11 +141,7 @@ class LiTModel(TwoTowerModel):
 
     def frozen_fingerprint(self) -> str:
         """A hash of what decides `encode_locked`: the tower's architecture and weights, the normalisation of pixels."""
-        settings = self.config.vision_config.to_dict()
-        for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
-            settings.pop(name, None)
-        settings["pixels"] = [list(self.config.image_mean), list(self.config.image_std)]
-        return fingerprint(settings, self.vision_model)
+        return vision_fingerprint(self.config, self.vision_model)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """As TwoTowerModel's; a gradient reaches the image head alone, where there is one."""
