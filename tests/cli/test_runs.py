@@ -250,7 +250,7 @@ def test_help_lists_the_commands() -> None:
     done = run([sys.executable, "-m", "vlmfast", "--help"])
     assert "train" in done.stdout
     assert "eval" in done.stdout
-    assert "--cache-chunk" in run([sys.executable, "-m", "vlmfast", "train", "--help"]).stdout
+    assert "--cache-chunk" in run([sys.executable, "-m", "vlmfast", "train", "clip", "--help"]).stdout
 
 
 def test_scores_during_training(data: Path, tmp_path: Path) -> None:

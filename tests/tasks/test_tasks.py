@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from toys import write_records
 
 from vlmfast.data import Sample
 from vlmfast.tasks import TASKS, default_task, evaluator, task_class
@@ -23,6 +24,16 @@ def test_unknown_tasks_are_refused() -> None:
         task_class("sorting")
     with pytest.raises(ValueError, match="Linear names none of its own"):
         default_task(torch.nn.Linear)
+
+
+def test_the_samples_of_a_trainer_s_scores_are_opened_at_once_and_once(tmp_path: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        evaluator("retrieval", str(tmp_path / "nowhere.tar"), None, None)
+    source = write_records(tmp_path / "a.tar", ("red", {"caption": "red"}), ("blue", {"label": 1}))
+    task = task_class("retrieval")()
+    opened = task.open(source)
+    assert task.open(opened) is opened
+    assert [opened[0] is None, opened[1] is None] == [False, True]  # the second has no caption
 
 
 def test_a_trainer_gets_scores_by_name(model: Any, colours: Any, tokenizer: Any, tmp_path: Any) -> None:

@@ -58,12 +58,13 @@ def evaluator(
 
     Args:
         task: a task, or a name in TASKS.
-        source, tokenizer, model_options, arguments: as of `Task.evaluate`.
+        source, tokenizer, model_options, arguments: as of `Task.evaluate`; the source is opened now, and once.
     """
     chosen = task_class(task)() if isinstance(task, str) else task
+    dataset = chosen.open(source)
     settings = {"blind": False, "progress": False, **arguments}
 
     def scores(model: Any) -> dict[str, float]:
-        return chosen.evaluate(model, source, tokenizer, model_options, **settings).metrics
+        return chosen.evaluate(model, dataset, tokenizer, model_options, **settings).metrics
 
     return scores

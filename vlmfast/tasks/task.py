@@ -104,7 +104,7 @@ class Task:
         Args:
             model: a Module with `transform`, `collator` and the task's methods, as `vlmfast.models.contract` describes
                 them. It is put into eval mode, and back.
-            source: as of `vlmfast.data.ImageTextDataset`.
+            source: as of `vlmfast.data.ImageTextDataset`; or what `open` made of it, to score on it several times.
             tokenizer: a transformers tokenizer; None for a model that reads no text.
             model_options: the model's own `Options`, which its transform and its collator read.
             features: a folder of features of these images, such as boxes; they are the samples' `features`.
@@ -118,15 +118,20 @@ class Task:
             ValueError: no sample could be used, or an option is out of range.
         """
         self.check(model)
-        dataset = ImageTextDataset(
-            source, transform=model.transform(model_options, train=False), requires=self.requires
-        )
-        if features is not None:
+        dataset = self.open(source)
+        dataset.transform = model.transform(model_options, train=False)
+        if features is not None and dataset.features is None:
             dataset.features = open_features(features, dataset)
         where = place(model, device)
         return self.score(
             Run(model, dataset, tokenizer, model_options, where, batch_size, num_workers, blind, progress)
         )
+
+    def open(self, source: Any) -> ImageTextDataset:
+        """The samples of a source, of which those are used that have the fields that the task needs."""
+        if isinstance(source, ImageTextDataset):
+            return source
+        return ImageTextDataset(source, transform=None, requires=self.requires)
 
     def score(self, run: Run) -> Scores:
         """What a task defines; `evaluate` has checked the model."""
