@@ -34,6 +34,20 @@ class Shards:
         """Every process's rows (N, D), with the gradient of all processes' losses."""
         return features if len(self.sizes) == 1 else distributed.gather(features, self.sizes)
 
+    def rows(self, values: Tensor) -> Tensor:
+        """Every process's rows (N, ...) of any dtype, without gradient.
+
+        Args:
+            values (n, ...): of a second dimension that may differ between processes; shorter ones get zeros at the end.
+        """
+        if len(self.sizes) == 1:
+            return values.detach()
+        if values.ndim == 2:
+            lengths = distributed.gather_scalars(torch.tensor(values.shape[1], device=values.device))
+            values = torch.nn.functional.pad(values, (0, int(lengths.max()) - values.shape[1]))
+        flat = distributed.gather(values.detach().reshape(len(values), -1), self.sizes)
+        return flat.view(-1, *values.shape[1:])
+
     def info_nce(self, anchors: Tensor, samples: Tensor, scale: Tensor, **options: Any) -> Tensor:
         """`vlmfast.ops.info_nce` in one direction, this process's anchors (n, D) against all samples (N, D).
 
@@ -41,3 +55,8 @@ class Shards:
         """
         loss = info_nce(anchors, samples, scale, label_offset=self.offset, bidirectional=False, **options)
         return loss * self.share
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean over processes, without gradient where there are several; the value itself where there is one."""
+    return value if distributed.rank_and_world_size()[1] == 1 else distributed.mean(value)

@@ -47,7 +47,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from vlmfast import data, distributed
 from vlmfast.models.contrastive.declip_parts import FeatureBank, predictor, projector, simsiam_loss
-from vlmfast.models.gathered import Shards
+from vlmfast.models.gathered import Shards, mean_over_ranks
 from vlmfast.models.towers import CLIPTextModel, CLIPVisionModel, tokens_first
 from vlmfast.models.two_tower_config import ProjectionOptions, TwoTowerConfig
 from vlmfast.models.two_towers import TwoTowerModel
@@ -366,9 +366,9 @@ class DeCLIPModel(TwoTowerModel):
             terms["multi_view"] = torch.stack([contrast(*pair, scale) for pair in pairs]).mean()
         if image_embeddings is not None and head_parameters is not None:
             each = simsiam_loss(*self._predictions_and_projections(image_embeddings, head_parameters))
-            terms["image_ssl"] = each.sum() / _mean_over_ranks(each.new_tensor(len(each)))
+            terms["image_ssl"] = each.sum() / mean_over_ranks(each.new_tensor(len(each)))
         if masked_token_loss is not None and num_masked_tokens is not None:
-            count = _mean_over_ranks(num_masked_tokens.sum())
+            count = mean_over_ranks(num_masked_tokens.sum())
             terms["text_ssl"] = masked_token_loss.sum() / torch.where(count == 0, 1, count)
         if self.bank is not None:
             terms["nearest_neighbor"] = self._nearest_neighbor_loss(images, text_features.detach(), scale)
@@ -429,7 +429,3 @@ class DeCLIPModel(TwoTowerModel):
         expected = (len(input_ids), input_ids.shape[2])
         if mlm_labels is not None and mlm_labels.shape != expected:
             raise ValueError(f"mlm_labels: expected the shape {expected}, got {tuple(mlm_labels.shape)}")
-
-
-def _mean_over_ranks(value: Tensor) -> Tensor:
-    return value if distributed.rank_and_world_size()[1] == 1 else distributed.mean(value)

@@ -1,0 +1,60 @@
+"""Batches of pairs for masked language modelling, image-text matching and contrast, as BridgeTower and FIBER learn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmfast.data import Collator
+from vlmfast.data.dataset import Sample
+from vlmfast.data.masking import TokenMask
+from vlmfast.data.text import usable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class MaskedPairCollator:
+    """A list of samples to one batch; skipped samples are left out. All that is random comes from each sample's seed.
+
+    To what `Collator` gives come `mlm_input_ids` and `mlm_labels` int64 (B, L), the caption with tokens masked and the
+    masked tokens' ids, -100 elsewhere; `draws` float32 (B, 2), uniform in [0, 1), by which negatives are drawn; and
+    `image_ids` int64 (B,), equal for pairs of one image: those whose records have the same `image_id`.
+
+    Args:
+        tokenizer: a transformers tokenizer with a padding and a mask token.
+        max_length: limit on tokens per caption, special tokens included.
+        mask_probability: of each token that is not special to be predicted.
+    Raises:
+        ValueError: the tokenizer lacks a token; an argument is out of its range; every sample of a batch was skipped.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, mask_probability: float = 0.15) -> None:
+        self.collator = Collator(tokenizer, max_length=max_length)
+        self.mask = TokenMask(tokenizer, mask_probability)
+
+    def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
+        kept = usable(samples)
+        batch = self.collator(kept)
+        generators = [np.random.default_rng(sample.seed) for sample in kept]
+        draws = np.stack([generator.random(2, dtype=np.float32) for generator in generators])
+        ids = batch["input_ids"].numpy()
+        masked = [self.mask(*pair) for pair in zip(ids, generators, strict=True)]
+        inputs, labels = (torch.from_numpy(np.stack(rows)) for rows in zip(*masked, strict=True))
+        return {
+            **batch,
+            "mlm_input_ids": inputs,
+            "mlm_labels": labels,
+            "draws": torch.from_numpy(draws),
+            "image_ids": torch.tensor([_image_id(sample) for sample in kept]),
+        }
+
+
+def _image_id(sample: Sample) -> int:
+    name = str(sample.record.get("image_id", sample.key))
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8], "big", signed=True)
