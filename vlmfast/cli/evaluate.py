@@ -38,7 +38,10 @@ class EvalArguments:
         default=None, metadata={"help": "Tokens of a text at most; by default what the model was made for."}
     )
     features: str | None = field(
-        default=None, metadata={"help": "A folder of features of the images, such as a detector's boxes."}
+        default=None,
+        metadata={
+            "help": "Regions of the images: a folder, as a detector writes it, or 'objects', the boxes of records."
+        },
     )
     batch_size: int = field(default=256, metadata={"help": "Samples per forward pass."})
     num_workers: int = field(default=2, metadata={"help": "Processes that decode images."})

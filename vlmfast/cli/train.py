@@ -49,7 +49,14 @@ class DataArguments:
     task: str | None = field(
         default=None, metadata={"help": f"Fine-tune for a task instead of pretraining: {', '.join(TASKS)}."}
     )
+    features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regions of the images: a folder, as a detector writes it, or 'objects', the boxes of records."
+        },
+    )
     val_data: str | None = field(default=None, metadata={"help": "Samples to evaluate on, for --eval-strategy."})
+    val_features: str | None = field(default=None, metadata={"help": "As --features, of --val-data."})
     tokenizer: str | None = field(
         default=None, metadata={"help": "Name or folder of a transformers tokenizer; by default the model's own."}
     )
@@ -68,6 +75,10 @@ class DataArguments:
             raise UsageError(f"--keywords: expected a probability, got {self.keywords}")
         if self.task and (self.keywords or self.cache_features):
             raise UsageError(f"--keywords and --cache-features have no effect beside --task {self.task}")
+        if self.features and self.cache_features:
+            raise UsageError("--features and --cache-features exclude each other")
+        if self.val_features and not self.val_data:
+            raise UsageError("--val-features has no effect without --val-data")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -101,6 +112,8 @@ def run(arguments: Sequence[str]) -> int:
     task = None if task_name is None else task_class(task_name)(*task_options)
     output_dir = Path(args.output_dir)
     options.check()
+    if data_args.features and not cls.reads_features:
+        raise ValueError(f"--features {data_args.features}: {name} reads no features of regions")
     folder = RunFolder(args)
 
     logging.disable_progress_bar()
@@ -111,7 +124,9 @@ def run(arguments: Sequence[str]) -> int:
     if task is None:
         dataset, collator = _training_data(model, tokenizer, options, data_args, args)
     else:
-        model, dataset, collator = task.trainable(model, data_args.data, tokenizer, options, seed=args.seed)
+        model, dataset, collator = task.trainable(
+            model, data_args.data, tokenizer, options, features=data_args.features, seed=args.seed
+        )
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(dataset) < batch:
         raise ValueError(f"--data has {len(dataset)} samples, fewer than one batch of {batch}")
@@ -206,6 +221,10 @@ def _training_data(model: Any, tokenizer: Any, options: Any, data_args: DataArgu
         requires=model.requires,
         min_batch=min(2, args.train_batch_size),  # a contrastive loss tells a pair from another
     )
+    if data_args.features is not None:
+        dataset.features = data.open_features(
+            data_args.features, dataset, rank=args.process_index, world_size=args.world_size
+        )
     if folder is not None:
         options.refuse(("crop_scale", "flip", "jitter"), f"--cache-features {folder}: images are not augmented")
         model.to(args.device)
@@ -230,7 +249,9 @@ def _evaluator(task: Any, tokenizer: Any, options: Any, data_args: DataArguments
             raise ValueError("--eval-strategy needs --val-data")
         return None
     chosen = default_task(task) if isinstance(task, type) else task
-    return evaluator(chosen, data_args.val_data, tokenizer, options, device=args.device)
+    return evaluator(
+        chosen, data_args.val_data, tokenizer, options, device=args.device, features=data_args.val_features
+    )
 
 
 def _record(
@@ -242,7 +263,10 @@ def _record(
     def make() -> record.Record:
         return {
             "model": {"model": name, **record.plain(options)},
-            "data": {**record.plain(data_args, leave_out=("val_data",)), "fingerprint": dataset.fingerprint()},
+            "data": {
+                **record.plain(data_args, leave_out=("val_data", "val_features")),
+                "fingerprint": dataset.fingerprint(),
+            },
             "task": {key: value for each in task_options for key, value in record.plain(each).items()},
             "training": record.training_part(args),
         }

@@ -7,6 +7,7 @@ from vlmfast.data.dataset import ImageTextDataset, Sample
 from vlmfast.data.eda import EDA, read_synonyms
 from vlmfast.data.feature_cache import FeatureCache, cache_features, open_features
 from vlmfast.data.masking import TokenMask, word_numbers
+from vlmfast.data.record_boxes import RecordBoxes
 from vlmfast.data.sampler import EpochSampler
 from vlmfast.data.text import Collator, load_tokenizer, pad_features
 from vlmfast.data.transforms import Transform, eval_transform, moco_transform, train_transform, two_views
@@ -18,6 +19,7 @@ __all__ = [
     "EpochSampler",
     "FeatureCache",
     "ImageTextDataset",
+    "RecordBoxes",
     "Sample",
     "TokenMask",
     "Transform",

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from vlmfast.data import feature_blocks
 from vlmfast.data.dataset import ImageTextDataset
 from vlmfast.data.feature_blocks import Block, Item
+from vlmfast.data.record_boxes import RecordBoxes
 
 IDENTITY = "identity.json"
+OBJECTS = "objects"
 BLOCK_ROWS = 4096
 
 # What `encode` gives for B images: a tensor (B, ...), or by name a tensor (B, ...) or B tensors (R_i, ...).
@@ -134,16 +136,18 @@ class FeatureCache(Sequence[Item]):
 
 def open_features(
     folder: str | os.PathLike[str], dataset: ImageTextDataset, *, rank: int = 0, world_size: int = 1
-) -> FeatureCache:
+) -> Sequence[Item]:
     """The complete cache in a folder, whatever model and transform made it, if it is of this dataset's images.
 
     Args:
-        folder: of the cache.
+        folder: of the cache; "objects" stands for the boxes of the records, see `RecordBoxes`.
         dataset: whose samples the features belong to.
         rank, world_size: this process and how many there are; each reads its share of the files for their checksums.
     Raises:
         ValueError: the folder is no cache, is of other images, or is not complete.
     """
+    if folder == OBJECTS:
+        return RecordBoxes(dataset)
     path = Path(folder) / IDENTITY
     if not path.exists():
         raise ValueError(f"{folder} is no feature cache: it holds no {IDENTITY}")

@@ -16,6 +16,7 @@ MODELS = {
     "clipcap": "vlmfast.models.prefix.clipcap:ClipCapModel",
     "frozen": "vlmfast.models.prefix.frozen:FrozenModel",
     "mapl": "vlmfast.models.prefix.mapl:MAPLModel",
+    "visual_bert": "vlmfast.models.masked.visual_bert:VisualBERTModel",
 }
 """By the model_type of their configs: "module:Class"."""
 

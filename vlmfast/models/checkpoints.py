@@ -195,7 +195,8 @@ def load(cls: Any, checkpoint: str, *, may_be_new: bool = False, **config: Any) 
     """
     source = find(checkpoint)
     settings = read_config(source)
-    other = bool(config) or settings.get("model_type") != cls.config_class.model_type
+    made_by = settings.get("architectures") or [cls.__name__]
+    other = bool(config) or settings.get("model_type") != cls.config_class.model_type or cls.__name__ not in made_by
     with reading(source):
         model, report = cls.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **config

@@ -22,9 +22,13 @@ its own puts it into `Sample.caption` first:
                                         `prompt_collator(options, tokenizer)`: `Sample.caption` is the prompt or "".
                                         With examples in the prompt `Sample.images` has several, the caption `<image>`
                                         for each, and `example_end` behind each example, "\\n" where there is none
-    joint_features(**batch)             `JointFeatures`
+    joint_features(**batch)             `JointFeatures`; for vqa on batches of `question_collator(options, tokenizer)`
+                                        where the model has one, since it reads its answer in a place of its own
     phrase_scores(**batch)              (B, P, R), the score of each region for each phrase; the batch has
                                         `phrase_mask` too, bool (B, P, L), the tokens of `input_ids` that a phrase spans
+                                        To be trained (`--task grounding`) forward takes `phrase_mask` and
+                                        `phrase_overlap` float32 (B, P, R), the IoU of each region with the phrase's
+                                        nearest box, and its loss is that of the scores
     detect(pixel_values, phrases=None)  of each image "boxes" (N, 4) in pixels of what is given, "scores", "labels":
                                         places in the image's list `phrases` where `open_vocabulary` is True, else
                                         those of config.id2label
@@ -160,6 +164,8 @@ class Pretrainable:
     """What names of weights begin with that a checkpoint of another model, or of other settings, need not have."""
     requires: ClassVar[tuple[str, ...]] = ("caption",)
     """Fields of a sample's record without which it cannot be trained on."""
+    reads_features: ClassVar[bool] = False
+    """Whether the collator reads `Sample.features`, such as a detector's regions; for --features."""
 
     # What transformers' classes have, for type checkers.
     config: Any

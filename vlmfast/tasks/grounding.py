@@ -22,7 +22,7 @@ from vlmfast.tasks.batches import Blind, Collate, evaluating
 from vlmfast.tasks.boxes import area, from_model, image_sizes, overlap, stretched, to_model
 from vlmfast.tasks.page import ACCENT, INK, MUTED, RIGHT, WRONG, Cell, gallery
 from vlmfast.tasks.scores import Compared
-from vlmfast.tasks.task import Run, Task
+from vlmfast.tasks.task import Run, Task, Trainable
 
 SHOWN = 8
 ENOUGH = 0.5
@@ -46,6 +46,30 @@ class Grounding(Task):
 
     methods: ClassVar = (("phrase_scores",), ("detect",))
     requires: ClassVar = ("caption", "phrases", "objects")
+
+    def evaluate(self, model: Any, *arguments: Any, features: Any = None, **settings: Any) -> Any:
+        """As `Task.evaluate`; a model that reads regions has those of the records where no features are named."""
+        return super().evaluate(model, *arguments, features=features or _default_features(model), **settings)
+
+    def trainable(
+        self, model: Any, source: Any, tokenizer: Any, model_options: Any, *, features: Any = None, seed: int = 0
+    ) -> Trainable:
+        """The model itself: its forward takes `phrase_mask` and `phrase_overlap` too, and gives the loss of its scores.
+
+        `phrase_overlap` is float32 (B, P, R), the overlap (IoU) of each region with the nearest box of each phrase, 0
+        of padding. Regions are the features', or without features the objects of the records.
+
+        Raises:
+            TypeError: the model has no `phrase_scores`.
+        """
+        if not callable(getattr(model, "phrase_scores", None)):
+            raise TypeError(f"task {self.name}: expected a model with phrase_scores; {type(model).__name__} lacks it")
+        chosen = features or _default_features(model)
+        dataset = self.training_data(
+            model, source, model_options, chosen, seed=seed, requires=self.requires, min_batch=1
+        )
+        collator = model.collator(model_options, tokenizer, train=False)
+        return Trainable(model, dataset, _Overlaps(_Spans(collator, tokenizer)))
 
     def score(self, run: Run) -> Compared:
         sizes = image_sizes(run)
@@ -102,7 +126,8 @@ class Grounding(Task):
                     scores = run.model.phrase_scores(**batch).float().cpu()
                     for row, index, sample in zip(scores, indices, samples, strict=True):
                         boxes = _regions(sample, sizes, index, (others or {}).get(index, index))
-                        best = row[: len(phrases[index]), : len(boxes)].argmax(dim=1).tolist()
+                        own = row[: len(phrases[index]), : len(boxes)]
+                        best = own.argmax(dim=1).tolist() if len(boxes) else [-1] * len(own)
                         found[index] = [(place, boxes) for place in best]
                     continue
                 pixels = batch["pixel_values"]
@@ -171,14 +196,36 @@ class _Spans:
         return {**batch, "phrase_mask": phrase_mask(self.tokenizer, captions, spans, batch["input_ids"])}
 
 
+class _Overlaps:
+    """A collator that adds `phrase_overlap`."""
+
+    def __init__(self, collator: Collate) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        kept = [sample for sample in samples if sample is not None]
+        batch = self.collator(kept)
+        found = torch.zeros(*batch["phrase_mask"].shape[:2], batch["region_mask"].shape[1])
+        for row, sample in zip(found, kept, strict=True):
+            boxes = _regions(sample, {}, 0, 0)[: row.shape[1]]
+            for place, phrase in enumerate(phrases_of(sample.record)):
+                row[place, : len(boxes)] = overlap(boxes, phrase.boxes).amax(dim=1)
+        return {**batch, "phrase_overlap": found}
+
+
+def _default_features(model: Any) -> str | None:
+    return "objects" if getattr(model, "reads_features", False) else None
+
+
 def _regions(sample: Any, sizes: dict[int, tuple[int, int]], index: int, shown: int) -> Tensor:
-    """Boxes (R, 4) that there are to choose, at their place in the sample's own image."""
+    """Boxes (R, 4) that there are to choose, at their place in the sample's own image, where another one is shown."""
     if sample.features is None:
         boxes = [o["box"] for o in sample.record["objects"]]
         return torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
     if "boxes" not in sample.features:
         raise ValueError(f"features: expected 'boxes' of sample {sample.key!r}, got {list(sample.features)}")
-    return stretched(sample.features["boxes"], sizes[shown], sizes[index])
+    own: Tensor = sample.features["boxes"].double()
+    return own if shown == index else stretched(own, sizes[shown], sizes[index])
 
 
 def _accuracy(

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.data import ImageTextDataset
 from vlmfast.tasks.batches import Blind, Collate, evaluating
 from vlmfast.tasks.generation import Prompted
 from vlmfast.tasks.heads import Labelled, TaskModel, first_of
@@ -53,10 +52,13 @@ class Hateful(Task):
             details={"labels": {str(label): count for label, count in sorted(counts.items())}},
         )
 
-    def trainable(self, model: Any, source: Any, tokenizer: Any, model_options: Any, *, seed: int = 0) -> Trainable:
+    def trainable(
+        self, model: Any, source: Any, tokenizer: Any, model_options: Any, *, features: Any = None, seed: int = 0
+    ) -> Trainable:
         """A head with an output for each label, trained by cross-entropy."""
-        transform = model.transform(model_options, train=True)
-        dataset = ImageTextDataset(source, transform=transform, requires=self.requires, seed=seed, min_batch=1)
+        dataset = self.training_data(
+            model, source, model_options, features, seed=seed, requires=self.requires, min_batch=1
+        )
         collator = _collator(model, model_options, tokenizer)
         made = TaskModel.around(model, self.name, ("0", "1"), collator([first_of(dataset)]))
         return Trainable(made, dataset, Labelled(collator, labels_of))

@@ -149,6 +149,9 @@ class TaskModel(PreTrainedModel):
     def collator(self, options: Any, tokenizer: Any, *, train: bool) -> Any:
         return self.model.collator(options, tokenizer, train=train)
 
+    def question_collator(self, options: Any, tokenizer: Any) -> Any:
+        return question_collator(self.model, options, tokenizer)
+
     def _parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The model's own, and the head's."""
         decayed = [parameter for parameter in self.head.parameters() if parameter.dim() >= 2]
@@ -174,6 +177,13 @@ def _model_class(place: str) -> Any:
     found = getattr(import_module(module), name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and hasattr(found, "joint_features")):
         raise ValueError(f"the model is {place}; expected a model of transformers with joint_features")
+    return found
+
+
+def question_collator(model: Any, options: Any, tokenizer: Any) -> Collate:
+    """What makes batches of questions: the model's own `question_collator`, or else its `collator`."""
+    own = getattr(model, "question_collator", None)
+    found: Collate = own(options, tokenizer) if own else model.collator(options, tokenizer, train=False)
     return found
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlmfast.data import ImageTextDataset
 from vlmfast.tasks.batches import Blind, EachCaption, evaluating
 from vlmfast.tasks.heads import Labelled, TaskModel, first_of
 from vlmfast.tasks.page import INK, MUTED, RIGHT, WRONG, Cell, gallery
@@ -57,14 +56,17 @@ class Reasoning(Task):
             details={"form": "head" if callable(getattr(run.model, "logits", None)) else "match_scores"},
         )
 
-    def trainable(self, model: Any, source: Any, tokenizer: Any, model_options: Any, *, seed: int = 0) -> Trainable:
+    def trainable(
+        self, model: Any, source: Any, tokenizer: Any, model_options: Any, *, features: Any = None, seed: int = 0
+    ) -> Trainable:
         """A head with one output, trained by cross-entropy between the choices, of answers and rationales alike.
 
         Raises:
             ValueError: a batch has questions with different numbers of choices.
         """
-        transform = model.transform(model_options, train=True)
-        dataset = ImageTextDataset(source, transform=transform, requires=self.requires, seed=seed, min_batch=1)
+        dataset = self.training_data(
+            model, source, model_options, features, seed=seed, requires=self.requires, min_batch=1
+        )
         plain = model.collator(model_options, tokenizer, train=False)
         made = TaskModel.around(model, self.name, ("choice",), plain([first_of(dataset)]))
         return Trainable(made, _Choices(dataset), Labelled(EachCaption(plain, _texts), _labels))

@@ -107,7 +107,8 @@ class Task:
             source: as of `vlmfast.data.ImageTextDataset`; or what `open` made of it, to score on it several times.
             tokenizer: a transformers tokenizer; None for a model that reads no text.
             model_options: the model's own `Options`, which its transform and its collator read.
-            features: a folder of features of these images, such as boxes; they are the samples' `features`.
+            features: a folder of features of these images, such as boxes, as of `vlmfast.data.open_features`; they are
+                the samples' `features`.
             device: where to compute; the model is moved there. None is where the model is.
             batch_size: samples per forward pass.
             num_workers: processes that read and decode; 0 reads in this one.
@@ -137,16 +138,29 @@ class Task:
         """What a task defines; `evaluate` has checked the model."""
         raise NotImplementedError(f"{type(self).__name__}.score")
 
-    def trainable(self, model: Any, source: Any, tokenizer: Any, model_options: Any, *, seed: int = 0) -> Trainable:
+    def trainable(
+        self, model: Any, source: Any, tokenizer: Any, model_options: Any, *, features: Any = None, seed: int = 0
+    ) -> Trainable:
         """What `vlmfast train MODEL --task` trains.
 
         Args:
-            model, source, tokenizer, model_options: as of `evaluate`.
+            model, source, tokenizer, model_options, features: as of `evaluate`.
             seed: of the augmentation.
         Raises:
             TypeError: the task is not trained, or the model lacks a method.
         """
         raise TypeError(f"task {self.name}: there is nothing to train")
+
+    @staticmethod
+    def training_data(
+        model: Any, source: Any, model_options: Any, features: Any, *, seed: int, requires: tuple[str, ...], **more: Any
+    ) -> ImageTextDataset:
+        """The samples that a task trains on, with their features where there are any; more is of the dataset."""
+        transform = model.transform(model_options, train=True)
+        dataset = ImageTextDataset(source, transform=transform, requires=requires, seed=seed, **more)
+        if features is not None:
+            dataset.features = open_features(features, dataset)
+        return dataset
 
 
 class Trainable(NamedTuple):

@@ -23,7 +23,7 @@ from vlmfast.data import ImageTextDataset
 from vlmfast.tasks.answers import accuracy, most_frequent, normalise
 from vlmfast.tasks.batches import Blind, evaluating
 from vlmfast.tasks.generation import GenerationOptions, generate
-from vlmfast.tasks.heads import Labelled, TaskModel, first_of
+from vlmfast.tasks.heads import Labelled, TaskModel, first_of, question_collator
 from vlmfast.tasks.page import INK, MUTED, RIGHT, WRONG, Cell, gallery
 from vlmfast.tasks.questions import Question, Questions
 from vlmfast.tasks.scores import Compared
@@ -113,7 +113,9 @@ class VQA(Task):
             },
         )
 
-    def trainable(self, model: Any, source: Any, tokenizer: Any, model_options: Any, *, seed: int = 0) -> Trainable:
+    def trainable(
+        self, model: Any, source: Any, tokenizer: Any, model_options: Any, *, features: Any = None, seed: int = 0
+    ) -> Trainable:
         """The model with a head over `joint_features`; where it has none, the model that learns to write the answer.
 
         The head's labels are soft: the accuracy of every answer. A model that generates learns from captions that hold
@@ -122,21 +124,21 @@ class VQA(Task):
         Raises:
             TypeError: the model has neither `joint_features` nor `generate`.
         """
-        dataset = ImageTextDataset(source, transform=model.transform(model_options, train=True), requires=(), seed=seed)
+        dataset = self.training_data(model, source, model_options, features, seed=seed, requires=())
         questions = Questions(dataset)
         if self.options.generative or not hasattr(model, "joint_features"):
             self.check(model)
             collator = model.collator(model_options, tokenizer, train=True)
             return Trainable(model, _Answered(questions, self.options.prompt), collator)
         names = most_frequent([item.answers for item in questions.items])[: self.options.num_answers]
-        collator = model.collator(model_options, tokenizer, train=False)
+        collator = question_collator(model, model_options, tokenizer)
         made = TaskModel.around(model, self.name, names, collator([first_of(questions)]))
         return Trainable(made, questions, Labelled(collator, partial(_soft_labels, names)))
 
     def _answers(self, run: Run, questions: Questions, training: Questions | None) -> tuple[list[str], list[int]]:
         """Normalised answers, and the places in `questions` of those that could be asked."""
         if _has_head(run.model):
-            collator = run.model.collator(run.model_options, run.tokenizer, train=False)
+            collator = question_collator(run.model, run.model_options, run.tokenizer)
             found, kept = [], []
             with evaluating(run.model):
                 for batch, places, _ in run.batches(questions, collator, "answer"):

@@ -1,0 +1,1 @@
+"""Models that predict masked words, and whether text and image match."""

@@ -1,0 +1,50 @@
+"""The weights of a BERT of transformers, for text streams that start from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmfast.models.checkpoints import find, load_auto
+
+
+def load_bert(source: str) -> Any:
+    """transformers' BertForPreTraining of a folder or a name on a hub; heads that the checkpoint lacks are new ones.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is of another model than BERT, or damaged.
+    """
+    from transformers import AutoModelForPreTraining, BertForPreTraining
+
+    model = load_auto(AutoModelForPreTraining, "text_tower", find(source), new=("cls.", "bert.pooler."))
+    if not isinstance(model, BertForPreTraining):
+        raise ValueError(f"text_tower: expected a BERT, got {source}, whose model_type is {model.config.model_type!r}")
+    return model
+
+
+def bert_sizes(config: Any) -> dict[str, Any]:
+    """What a model with a BERT inside takes from its config."""
+    names = (
+        "vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "hidden_dropout_prob",
+        "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size", "initializer_range",
+    )  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+@torch.no_grad()
+def copy_weights(target: nn.Module, source: nn.Module) -> None:
+    """Gives a module the weights of another that have its names; the others of either stay as they are.
+
+    Raises:
+        ValueError: one of that name has another shape.
+    """
+    weights, own = source.state_dict(), target.state_dict()
+    for name in own.keys() & weights.keys():
+        if own[name].shape != weights[name].shape:
+            raise ValueError(
+                f"text_tower: expected {name} of shape {tuple(own[name].shape)}, got {tuple(weights[name].shape)}"
+            )
+        own[name].copy_(weights[name])

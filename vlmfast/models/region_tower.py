@@ -1,0 +1,148 @@
+"""Features of regions: a detector's as they are, or what a small image tower sees in boxes; and the flags for both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from vlmfast.models.contract import Options, Pretrainable, flag
+from vlmfast.models.region_batches import RegionCollator, WholeImage
+from vlmfast.models.towers import new_tower, tower_config, tower_input, tower_width
+
+POINTS = 4  # a side, at which a box is looked at
+
+
+@dataclass
+class RegionOptions(Options):
+    """Where regions and their features come from; the models' own options extend it."""
+
+    max_length: int = field(default=32, metadata={"help": "Tokens of a text at most, special tokens included."})
+    max_regions: int = field(default=36, metadata={"help": "Regions of an image at most, the first of its features."})
+    region_dim: int | None = field(
+        default=None,
+        metadata={"help": "Width of a detector's features in --features, such as 2048; there is then no image tower."},
+    )
+    image_size: int = field(
+        default=128, metadata={"help": "Side to which images are stretched for the image tower, pixels."}
+    )
+    grid: int = field(
+        default=4, metadata={"help": "Side of the grid of cells that are the regions, where there is no --features."}
+    )
+    tower_width: int = field(default=192, metadata={"help": "Width of the image tower, a multiple of 4."})
+
+    tower_flags: ClassVar[tuple[str, ...]] = ("image_size", "grid", "tower_width")
+    new_model: ClassVar[tuple[str, ...]] = ("region_dim", "image_size", "grid", "tower_width")
+
+    def check(self) -> None:
+        super().check()
+        if self.region_dim is not None:
+            self.refuse(self.tower_flags, f"--region-dim {self.region_dim}, with which there is no image tower")
+
+    def region_settings(self) -> dict[str, Any]:
+        """`region_tower`, `image_size` and `grid` of a new model's config."""
+        tower = None if self.region_dim is not None else small_resnet(self.tower_width)
+        return {"region_tower": tower, "image_size": self.image_size, "grid": self.grid}
+
+
+def small_resnet(width: int) -> dict[str, Any]:
+    """The config of a ResNet of three stages, each with half of the side and more channels; a map of one 16th.
+
+    Raises:
+        ValueError: the width is not a multiple of 4.
+    """
+    if width < 4 or width % 4:
+        raise ValueError(f"{flag('tower_width')}: expected a multiple of 4, got {width}")
+    return {
+        "model_type": "resnet",
+        "embedding_size": width // 4,
+        "hidden_sizes": [width // 4, width // 2, width],
+        "depths": [1, 1, 1],
+        "layer_type": "basic",
+    }
+
+
+class RegionTower(nn.Module):
+    """What an image tower of transformers sees in boxes: the mean of its map over a box, (B, R, D).
+
+    The map is read at POINTS x POINTS places of each box by bilinear interpolation, as RoIAlign with one bin does.
+
+    Args:
+        config: of the tower, whose last hidden state is a map (B, D, h, w).
+    Attributes:
+        width: D.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        made = tower_config("region_tower", config, transformers.ResNetConfig)
+        self.tower = new_tower(made, "image", "region_tower")
+        self.width = tower_width("region_tower", made)
+        self.mean, self.std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+
+    def forward(self, pixel_values: Tensor, region_boxes: Tensor) -> Tensor:
+        """(B, R, D) of the tower's dtype.
+
+        Args:
+            pixel_values: uint8 (B, S, S, 3), or normalised floating point (B, 3, S, S).
+            region_boxes (B, R, 4): x1 y1 x2 y2 as shares of width and height.
+        """
+        pixels = tower_input(self.tower, pixel_values, self.mean, self.std, reads_bytes=False)
+        features = self.tower(pixels).last_hidden_state
+        return pool_boxes(features, region_boxes)
+
+
+def pool_boxes(features: Tensor, boxes: Tensor) -> Tensor:
+    """The mean (B, R, D) of a map (B, D, h, w) over boxes (B, R, 4), which are shares of width and height."""
+    steps = (torch.arange(POINTS, device=boxes.device, dtype=boxes.dtype) + 0.5) / POINTS
+    x = boxes[..., 0, None] + (boxes[..., 2] - boxes[..., 0])[..., None] * steps
+    y = boxes[..., 1, None] + (boxes[..., 3] - boxes[..., 1])[..., None] * steps
+    grid = torch.stack(torch.broadcast_tensors(x[..., None, :], y[..., :, None]), dim=-1).flatten(2, 3)
+    places = (2 * grid - 1).to(features.dtype)
+    seen = F.grid_sample(features, places, mode="bilinear", padding_mode="border", align_corners=False)
+    return seen.mean(dim=-1).transpose(1, 2)
+
+
+class ReadsRegions(Pretrainable):
+    """`Pretrainable` of models that read regions: where their features come from.
+
+    The config has `region_tower`, a dict or None, `image_size` and `grid`; the model `region_tower`, a `RegionTower` or
+    None.
+    """
+
+    reads_features: ClassVar[bool] = True
+    region_tower: RegionTower | None
+
+    def transform(self, options: Any, *, train: bool) -> Any:
+        """Images as they are; none in training where there is no image tower."""
+        return None if train and self.region_tower is None else WholeImage()
+
+    def region_collator(self, options: Any) -> RegionCollator:
+        """What makes the regions of a batch."""
+        side = None if self.region_tower is None else self.config.image_size
+        return RegionCollator(side, self.config.grid, options.max_regions)
+
+    def region_features_of(
+        self, region_features: Tensor | None, pixel_values: Tensor | None, region_boxes: Tensor | None
+    ) -> Tensor:
+        """(B, R, D): the features that are given, or what the image tower sees in the boxes.
+
+        Raises:
+            ValueError: what this model reads is missing.
+        """
+        if self.region_tower is None:
+            if region_features is None:
+                raise ValueError("region_features: expected (B, R, D), got None; this model has no image tower")
+            return region_features
+        if pixel_values is None or region_boxes is None:
+            raise ValueError(
+                "pixel_values and region_boxes: expected uint8 (B, S, S, 3) and (B, R, 4), got None; this model has an "
+                "image tower"
+            )
+        features: Tensor = self.region_tower(pixel_values, region_boxes)
+        return features
