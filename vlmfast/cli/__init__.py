@@ -17,6 +17,10 @@ from vlmfast.cli.arguments import UsageError
 COMMANDS = {
     "train": ("vlmfast.cli.train", "Train a model."),
     "eval": ("vlmfast.cli.evaluate", "Scores of a checkpoint on a task: retrieval, captioning, ..."),
+    "anchors": (
+        "vlmfast.cli.anchors",
+        "Anchor pairs of a model that compares without training: made, changed, explained.",
+    ),
     "convert": ("vlmfast.cli.convert", "A public data set to tar shards."),
     "models": ("vlmfast.cli.models", "Every model, its strategy, tasks and paper."),
     "bench": ("vlmfast.cli.bench", "Ops and training steps beside what people use instead: time, memory, error."),

@@ -43,6 +43,9 @@ class EvalArguments:
             "help": "Regions of the images: a folder, as a detector writes it, or 'objects', the boxes of records."
         },
     )
+    config_overrides: list[str] | None = field(
+        default=None, metadata={"help": "Fields of the model's config as name=value, such as those of its decoding."}
+    )
     batch_size: int = field(default=256, metadata={"help": "Samples per forward pass."})
     num_workers: int = field(default=2, metadata={"help": "Processes that decode images."})
     device: str | None = field(default=None, metadata={"help": "By default a GPU where there is one."})
@@ -55,6 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     import torch
 
     from vlmfast.models.checkpoints import find_tokenizer, load
+    from vlmfast.models.contract import parse_overrides
 
     # The task decides which flags there are, and the model which task it is.
     checkpoint = value_of("--checkpoint", arguments)
@@ -76,7 +80,8 @@ def run(arguments: Sequence[str]) -> int:
     from transformers.utils import logging  # after the look for the checkpoint, which may end the command
 
     logging.disable_progress_bar()
-    model = load(cls, args.checkpoint)
+    chosen_config = parse_overrides(cls.config_class, args.config_overrides or ())
+    model = load(cls, args.checkpoint, **chosen_config)
     scores = task(*chosen).evaluate(
         model,
         args.data,
@@ -87,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
     )
-    scores.arguments.update(checkpoint=args.checkpoint, data=args.data)
+    scores.arguments.update(checkpoint=args.checkpoint, data=args.data, **chosen_config)
     print(scores.table())
     if args.output:
         args.output.write_text(json.dumps(scores.to_dict(), indent=2) + "\n")

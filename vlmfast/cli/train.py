@@ -100,6 +100,8 @@ def run(arguments: Sequence[str]) -> int:
     from vlmfast.training.run_folder import RunFolder
 
     cls = model_class(name)
+    if cls.made_by != "train":
+        raise UsageError(f"nothing of {name} is trained; 'vlmfast {cls.made_by}' makes a checkpoint of it")
     kinds: dict[str, Any] = {f"{name}: {cls.paper}": (cls.Options, {}), "data": (DataArguments, {})}
     task_name = value_of("--task", rest)
     if task_name is not None and dataclasses.fields(task_class(task_name).Options):

@@ -54,6 +54,17 @@ class Block:
         item = {name: self._read(name, place) for name in self._rows}
         return item.get(ALONE, item)
 
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """All that the items have of a name, mapped (n, ...), and the rows (n,) that they stand in.
+
+        Raises:
+            KeyError: no item has it.
+            ValueError: it has another number of rows in each item.
+        """
+        if name in self._ends:
+            raise ValueError(f"features: expected {name!r} of one shape in every sample")
+        return self._rows[name], np.flatnonzero(self._places >= 0)
+
     def _read(self, name: str, place: int) -> Tensor:
         rows, ends = self._rows[name], self._ends.get(name)
         found = rows[place] if ends is None else rows[ends[place] : ends[place + 1]]

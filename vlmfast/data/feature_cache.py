@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlmfast.data import feature_blocks
-from vlmfast.data.dataset import ImageTextDataset
+from vlmfast.data.dataset import ImageTextDataset, Sample
 from vlmfast.data.feature_blocks import Block, Item
 from vlmfast.data.record_boxes import RecordBoxes
 
@@ -60,12 +60,7 @@ class FeatureCache(Sequence[Item]):
         if not 0 <= index < self.num_pairs:
             raise IndexError(f"index: expected 0 to {self.num_pairs - 1}, got {index}")
         block, row = divmod(index, self.block_rows)
-        if block not in self._open:
-            try:
-                self._open[block] = Block(self._path(block))
-            except FileNotFoundError as error:
-                raise ValueError(f"{self.folder} lacks {error.filename}: the cache is not complete") from error
-        return self._open[block][row]
+        return self.block(block)[row]
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Numbers of the blocks of a process that are not there or are damaged.
@@ -84,6 +79,39 @@ class FeatureCache(Sequence[Item]):
             elif damage := feature_blocks.damage(path):
                 found[block] = f"{path} is damaged ({damage})"
         return found
+
+    @classmethod
+    def reopen(cls, folder: str | os.PathLike[str]) -> FeatureCache:
+        """The complete cache in a folder, whatever its features are of; checksums are not read.
+
+        Raises:
+            ValueError: the folder is no cache, or is not complete.
+        """
+        path = Path(folder) / IDENTITY
+        if not path.exists():
+            raise ValueError(f"{folder} is no feature cache: it holds no {IDENTITY}")
+        identity = _identity(path)
+        if not identity.get("pairs", "").isdigit():
+            raise ValueError(f"{path} is damaged (no number of pairs); delete {folder} to have it made again")
+        cache = cls(
+            folder, {k: v for k, v in identity.items() if k not in ("pairs", "rows per file")}, int(identity["pairs"])
+        )
+        cache._check_complete()
+        return cache
+
+    def _check_complete(self) -> None:
+        for block in range(-(-self.num_pairs // self.block_rows)):
+            if not self._path(block).exists():
+                raise ValueError(f"{self.folder} lacks {self._path(block)}: the cache is not complete")
+
+    def block(self, block: int) -> Block:
+        """All items of a block, mapped into memory."""
+        if block not in self._open:
+            try:
+                self._open[block] = Block(self._path(block))
+            except FileNotFoundError as error:
+                raise ValueError(f"{self.folder} lacks {error.filename}: the cache is not complete") from error
+        return self._open[block]
 
     def rows(self, block: int) -> range:
         """Indices of the samples of a block."""
@@ -156,9 +184,7 @@ def open_features(
     for name in ("pairs", "rows per file"):
         identity.pop(name, None)
     cache = FeatureCache(folder, identity, len(dataset))
-    for block in range(-(-len(cache) // cache.block_rows)):
-        if not cache._path(block).exists():
-            raise ValueError(f"{folder} lacks {cache._path(block)}: the cache is not complete")
+    cache._check_complete()
     for damage in cache._faults(rank, world_size).values():
         raise ValueError(damage)
     return cache
@@ -175,6 +201,7 @@ def cache_features(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    whole_samples: bool = False,
 ) -> FeatureCache:
     """The features of all images of a dataset, those not on disk yet computed and written.
 
@@ -191,11 +218,13 @@ def cache_features(
         num_workers: processes that read and decode; 0 reads in this one.
         rank, world_size: this process and how many there are.
         progress: called with the numbers of blocks done and to do by this process.
+        whole_samples: `encode` is given a list of `Sample`, and what it gives depends on their captions too.
     Raises:
         ValueError: the folder holds features of another model, dataset or transform, the transform is random, or a
             feature is not finite or not one a sample.
     """
-    identity = {"model": model, "data": dataset.image_fingerprint(), "transform": repr(dataset.transform)}
+    data = dataset.fingerprint() if whole_samples else dataset.image_fingerprint()
+    identity = {"model": model, "data": data, "transform": repr(dataset.transform)}
     cache = FeatureCache(folder, identity, len(dataset))
     faults = cache._faults(rank, world_size)
     for damage in filter(None, faults.values()):
@@ -206,7 +235,7 @@ def cache_features(
         for block, rows in ((block, cache.rows(block)) for block in mine)
     }
     loader = DataLoader(
-        _Images(dataset),
+        _Samples(dataset) if whole_samples else _Images(dataset),
         batch_sampler=list(chain.from_iterable(batches.values())),
         collate_fn=_readable,
         num_workers=num_workers,
@@ -217,10 +246,10 @@ def cache_features(
         rows = cache.rows(block)
         items: list[Item] = [None] * len(rows)
         for _ in batches[block]:
-            indices, pixels = next(arriving)
+            indices, read = next(arriving)
             if indices:
                 with torch.no_grad():
-                    encoded = encode(_together(pixels))
+                    encoded = encode(read if whole_samples else _together(read))
                 for index, item in zip(indices, _items(encoded, len(indices), rows), strict=True):
                     items[index - rows.start] = item
         cache.write(block, items)
@@ -255,6 +284,14 @@ class _Images(Dataset[tuple[int, Tensor | None]]):
         return index, self.dataset.image(index, _NoRandomness())  # type: ignore[arg-type]
 
 
+class _Samples(Dataset[tuple[int, Sample | None]]):
+    def __init__(self, dataset: ImageTextDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[int, Sample | None]:
+        return index, self.dataset[index]
+
+
 class _NoRandomness:
     """Stands for a generator where none may be used."""
 
@@ -262,9 +299,9 @@ class _NoRandomness:
         raise ValueError(f"dataset: expected a transform that is not random, such as eval_transform; it draws {name}")
 
 
-def _readable(items: list[tuple[int, Tensor | None]]) -> tuple[list[int], list[Tensor]]:
-    kept = [(index, pixels) for index, pixels in items if pixels is not None]
-    return [index for index, _ in kept], [pixels for _, pixels in kept]
+def _readable(items: list[tuple[int, Any]]) -> tuple[list[int], list[Any]]:
+    kept = [(index, read) for index, read in items if read is not None]
+    return [index for index, _ in kept], [read for _, read in kept]
 
 
 def _identity(path: Path) -> dict[str, str]:

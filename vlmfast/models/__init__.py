@@ -17,6 +17,7 @@ MODELS = {
     "frozen": "vlmfast.models.prefix.frozen:FrozenModel",
     "mapl": "vlmfast.models.prefix.mapl:MAPLModel",
     "visual_bert": "vlmfast.models.masked.visual_bert:VisualBERTModel",
+    "asif": "vlmfast.models.training_free.asif:ASIFModel",
 }
 """By the model_type of their configs: "module:Class"."""
 

@@ -17,6 +17,9 @@ and what tasks ask for, on batches that `collator(..., train=False)` makes; a ta
 its own puts it into `Sample.caption` first:
 
     get_image_features(pixel_values), get_text_features(input_ids, attention_mask)     unit-norm (B, D)
+    similarities(image, text)           (B, C) float32 of such features of B images and C texts, where these are not
+                                        their products; widths may differ then, and of several prompts of a class
+                                        the highest counts
     match_scores(**batch)               (B,) log-probability that image and text belong together
     generate(**batch, ...)              token ids (B, L) of what follows the prompt, without it, on batches of
                                         `prompt_collator(options, tokenizer)`: `Sample.caption` is the prompt or "".
@@ -162,6 +165,8 @@ class Pretrainable:
     """Names in vlmfast.tasks.TASKS; the first serves --eval-strategy."""
     new_parts: ClassVar[tuple[str, ...]] = ()
     """What names of weights begin with that a checkpoint of another model, or of other settings, need not have."""
+    made_by: ClassVar[str] = "train"
+    """The command of `vlmfast` that makes a checkpoint of it; another than "train" where nothing is trained."""
     requires: ClassVar[tuple[str, ...]] = ("caption",)
     """Fields of a sample's record without which it cannot be trained on."""
     reads_features: ClassVar[bool] = False

@@ -45,6 +45,7 @@ from vlmfast.models.towers import (
     read_bytes,
     text_inputs,
     text_positions,
+    tokens_first,
     tower_input,
     tower_width,
     unread_parameters,
@@ -354,3 +355,23 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
                     f"input_ids: expected end-of-text token {eos} (text_config.eos_token_id) in every row, where the "
                     f"text feature is read, got none in row {int(without[0])} and {len(without) - 1} others"
                 )
+
+
+def read_class_token(tower: nn.Module) -> bool:
+    """Whether an image's feature is its class token after the last norm: where the pooler is a dense layer with tanh
+    (ViT, DeiT, BEiT), which was trained for something else and is removed."""
+    found = hasattr(getattr(tower, "pooler", None), "dense")
+    if found:
+        tower.register_module("pooler", None)
+    return found
+
+
+def mean_of_tokens(
+    states: Tensor, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> Tensor:
+    """The mean (B, W) of the states (B, L, W) of all tokens but padding, as `_pool_text` gives them."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if position_ids is None:
+        mask = tokens_first(mask, mask)
+    weights = mask.to(states.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
+    return (states * weights[..., None]).sum(1)

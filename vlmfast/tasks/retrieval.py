@@ -132,11 +132,14 @@ def evaluate(
         progress=progress,
     )
     groups = caption_groups(features.captions) if positives == "caption" else torch.arange(len(features.captions))
+    encoded = features.image
+    if hasattr(model, "similarities"):
+        features = _of_scores(features, model.similarities(features.image, features.text))
     image_to_text, text_to_image = _recalls(features, groups, device)
     zero_shot = None
     if len({category for category in features.categories if category is not None}) > 1:
         zero_shot = zero_shot_scores(
-            model, features.image, features.categories, collator, templates, batch_size, device, autocast
+            model, encoded, features.categories, collator, templates, batch_size, device, autocast
         )
     arguments = {
         "max_length": getattr(collator, "max_length", None),
@@ -147,6 +150,11 @@ def evaluate(
         "positives": positives,
     }
     return Evaluation(image_to_text, text_to_image, zero_shot, arguments, groups, features, dataset)
+
+
+def _of_scores(features: Features, scores: torch.Tensor) -> Features:
+    """Features whose products are scores (N, N): these stand for those of images, unit vectors for those of texts."""
+    return replace(features, image=scores, text=torch.eye(len(scores)))
 
 
 def _recall_dict(scores: Recall) -> dict[str, Any]:
@@ -225,7 +233,7 @@ class Retrieval(Task):
         # Cosines are at most 1; a match is at most its best, so that all of them stand between 2 and 3, in order.
         above = 2 + 1 / (1 + matched[wanted].max() - matched)
         scores = torch.where(wanted, above, features.image @ features.text.T)
-        return self._of_scores(found, scores, features, run, rerank=k)
+        return self._by_scores(found, scores, features, run, rerank=k)
 
     def _by_matching(self, run: Run) -> Evaluation:
         order = torch.randperm(len(run.dataset), generator=torch.Generator().manual_seed(0)).tolist()
@@ -241,15 +249,12 @@ class Retrieval(Task):
         groups = caption_groups(captions)
         empty = Recall({}, {}, 0.0, 0, 0)
         made = Evaluation(empty, empty, None, arguments, groups, features, run.dataset)
-        return self._of_scores(made, scores, features, run, gallery=len(indices))
+        return self._by_scores(made, scores, features, run, gallery=len(indices))
 
     @staticmethod
-    def _of_scores(found: Evaluation, scores: torch.Tensor, features: Features, run: Run, **how: int) -> Evaluation:
-        """An evaluation whose ranking is that of scores (N, N), images by texts.
-
-        The scores stand for the features of images, and unit vectors for those of texts: their products are the scores.
-        """
-        features = replace(features, image=scores, text=torch.eye(len(scores)))
+    def _by_scores(found: Evaluation, scores: torch.Tensor, features: Features, run: Run, **how: int) -> Evaluation:
+        """An evaluation whose ranking is that of scores (N, N), images by texts."""
+        features = _of_scores(features, scores)
         image_to_text, text_to_image = _recalls(features, found.groups, run.device)
         return replace(
             found,

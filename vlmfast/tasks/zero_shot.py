@@ -196,7 +196,21 @@ def zero_shot_scores(
     )
     number = {name: index for index, name in enumerate(classes)}
     labels = torch.tensor([number[category] for category in categories if category is not None])
-    return classify(image_features[labelled], labels, class_embeddings(texts, len(templates)), classes)
+    found, class_features = _ranked(model, image_features[labelled], texts, len(templates))
+    return classify(found, labels, class_features, classes)
+
+
+def _ranked(
+    model: Any, image: torch.Tensor, texts: torch.Tensor, num_templates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands for the images and for the classes: their products are the scores.
+
+    Of a model with `similarities` a class has the highest score of its prompts.
+    """
+    if not hasattr(model, "similarities"):
+        return image, class_embeddings(texts, num_templates)
+    scores = model.similarities(image, texts).view(len(image), -1, num_templates).amax(dim=2)
+    return scores, torch.eye(scores.shape[1])
 
 
 def zero_shot_rows(scores: ZeroShot) -> list[list[str]]:
@@ -261,8 +275,8 @@ class ZeroShotClassification(Task):
         collator = run.model.collator(run.model_options, run.tokenizer, train=False)
         if all(hasattr(run.model, name) for name in self.methods[0]):
             features = encode_texts(run.model, texts, collator, batch_size=run.batch_size, device=run.device)
-            class_features = class_embeddings(features, len(TEMPLATES))
             found, indices = self._features(run, collator)
+            found, class_features = _ranked(run.model, found, features, len(TEMPLATES))
         else:
             class_features = torch.eye(len(classes))  # by which the scores themselves are ranked
             found, indices = self._match_scores(run, EachCaption(collator, texts), len(texts))

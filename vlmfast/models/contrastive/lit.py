@@ -38,9 +38,9 @@ from typing_extensions import Self
 
 from vlmfast.distributed import rank_and_world_size
 from vlmfast.models.contract import vision_fingerprint
-from vlmfast.models.towers import small_bert, tokens_first, tower_width
+from vlmfast.models.towers import small_bert, tower_width
 from vlmfast.models.two_tower_config import PatchOptions, TwoTowerConfig, small_towers
-from vlmfast.models.two_towers import TwoTowerModel, TwoTowerOutput
+from vlmfast.models.two_towers import TwoTowerModel, TwoTowerOutput, mean_of_tokens, read_class_token
 from vlmfast.nn import ClipLoss
 
 
@@ -102,9 +102,7 @@ class LiTModel(TwoTowerModel):
 
     def __init__(self, config: LiTConfig) -> None:
         super().__init__(config)
-        self.reads_class_token = hasattr(getattr(self.vision_model, "pooler", None), "dense")
-        if self.reads_class_token:
-            self.vision_model.register_module("pooler", None)
+        self.reads_class_token = read_class_token(self.vision_model)
         width = tower_width("vision_config", config.vision_config)
         self.visual_projection = nn.Linear(width, config.projection_dim) if config.image_head else nn.Identity()
         _, self.text_projection = self.linear_heads(text_bias=True)
@@ -154,11 +152,7 @@ class LiTModel(TwoTowerModel):
         if self.config.text_pooling == "first" or not self.text_pools_first:
             return super().get_text_features(input_ids, attention_mask, position_ids)
         states, _ = self._pool_text(input_ids, attention_mask, position_ids)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if position_ids is None:
-            mask = tokens_first(mask, mask)
-        weights = mask.to(states.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
-        pooled = (states * weights[..., None]).sum(1)
+        pooled = mean_of_tokens(states, input_ids, attention_mask, position_ids)
         return F.normalize(self.text_projection(pooled).float(), dim=-1)
 
     def loss(  # type: ignore[override]
