@@ -124,6 +124,8 @@ def _explain(model: Any, tokenizer: Any, options: Any, args: AnchorArguments) ->
     from vlmfast.data import ImageTextDataset
     from vlmfast.tasks.attribution import write_attribution
 
+    assert args.explain is not None
+    assert args.report is not None
     dataset = ImageTextDataset(args.explain, transform=model.transform(options, train=False))
     write_attribution(
         args.report,

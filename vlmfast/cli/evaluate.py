@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
     from transformers.utils import logging  # after the look for the checkpoint, which may end the command
 
     logging.disable_progress_bar()
-    chosen_config = parse_overrides(cls.config_class, args.config_overrides or ())
+    chosen_config = parse_overrides(getattr(cls, "config_class", None), args.config_overrides or ())
     model = load(cls, args.checkpoint, **chosen_config)
     scores = task(*chosen).evaluate(
         model,

@@ -166,7 +166,8 @@ class Anchors:
         Raises:
             ValueError: a key is none of theirs.
         """
-        wanted, found = set(keys), {}
+        wanted = set(keys)
+        found: dict[str, list[int]] = {}
         for number in np.flatnonzero(self._readable).tolist():
             key = self.sample(number)[0]
             if key in wanted:
