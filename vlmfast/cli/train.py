@@ -203,6 +203,8 @@ def _tokenizer(cls: Any, options: Any, data_args: DataArguments) -> Any:
     missing = {name: token for name, token in cls.special_tokens.items() if getattr(tokenizer, name) is None}
     if missing:
         tokenizer.add_special_tokens(missing)
+    if cls.extra_tokens:
+        tokenizer.add_tokens(list(cls.extra_tokens), special_tokens=True)
     return tokenizer
 
 

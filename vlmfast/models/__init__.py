@@ -15,6 +15,7 @@ MODELS = {
     "siglip": "vlmfast.models.contrastive.siglip:SigLIPModel",
     "clipcap": "vlmfast.models.prefix.clipcap:ClipCapModel",
     "frozen": "vlmfast.models.prefix.frozen:FrozenModel",
+    "flamingo": "vlmfast.models.prefix.flamingo:FlamingoModel",
     "mapl": "vlmfast.models.prefix.mapl:MAPLModel",
     "visual_bert": "vlmfast.models.masked.visual_bert:VisualBERTModel",
     "asif": "vlmfast.models.training_free.asif:ASIFModel",

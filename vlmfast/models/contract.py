@@ -161,6 +161,8 @@ class Pretrainable:
     """Of TrainingArguments, where the paper wants others than `PretrainingArguments` has."""
     special_tokens: ClassVar[Mapping[str, str]] = {}
     """What the tokenizer must have, such as {"mask_token": "<|mask|>"}; added where it is missing."""
+    extra_tokens: ClassVar[tuple[str, ...]] = ()
+    """Special tokens that are none of those that every tokenizer has a name for, such as "<image>"; added likewise."""
     tasks: ClassVar[tuple[str, ...]] = ()
     """Names in vlmfast.tasks.TASKS; the first serves --eval-strategy."""
     new_parts: ClassVar[tuple[str, ...]] = ()

@@ -137,6 +137,7 @@ class MaskedCrossAttention(nn.Module):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
         cache: MediaCache | None = None,
+        interval: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """What the media have to say to x: neither gate nor residual.
 
@@ -149,19 +150,23 @@ class MaskedCrossAttention(nn.Module):
             use_cached_media: media_locations (B, any length) are those of a past that ends before x.
             cache: keeps keys and values of the media, and each sample's place, from call to call. media of a later call
                 come after those before.
+            interval: the media that each token sees, lo and hi (B, L) of `vlmfast.ops.media_index`, where the caller
+                has found them; in the place of media_locations. A cache then keeps keys and values alone.
         Returns:
             out (B, L, dim).
         Raises:
-            ValueError: shapes disagree, there is neither media nor a filled cache, or, on a CPU outside torch.compile,
-                a sample has more tokens of media than media.
+            ValueError: shapes disagree, there is neither media nor a filled cache, media_locations and interval are
+                both given, or, on a CPU outside torch.compile, a sample has more tokens of media than media.
         """
         if x.dim() != 3:
             raise ValueError(f"MaskedCrossAttention: x must be (batch, length, dim); got {tuple(x.shape)}")
         k, v, tokens = self._keys_and_values(x, media, cache)
         q = split_heads(self.to_q(self.norm(x)), self.heads)
-        lo = hi = None
+        lo, hi = (None, None) if interval is None else interval
         empty = "zero"
         if media_locations is not None:
+            if interval is not None:
+                raise ValueError("MaskedCrossAttention: interval must be None beside media_locations; got both")
             lo, hi = self._interval(x, media_locations, use_cached_media, k.shape[2] // tokens, cache)
             if self.before_media == "uniform":
                 # Zero queries score all keys alike.
@@ -269,9 +274,10 @@ class GatedCrossAttentionBlock(nn.Module):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
         cache: MediaCache | None = None,
+        interval: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """x (B, L, dim) after the block; arguments and errors are MaskedCrossAttention's."""
-        x = add_gated(x, self.attn(x, media, media_locations, use_cached_media, cache), self.attn_gate)
+        x = add_gated(x, self.attn(x, media, media_locations, use_cached_media, cache, interval), self.attn_gate)
         return add_gated(x, self.ff(x), self.ff_gate)
 
 

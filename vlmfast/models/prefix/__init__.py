@@ -3,11 +3,21 @@
 from transformers import AutoConfig
 
 from vlmfast.models.prefix.clipcap import ClipCapConfig, ClipCapModel
+from vlmfast.models.prefix.flamingo import FlamingoConfig, FlamingoModel
 from vlmfast.models.prefix.frozen import FrozenConfig, FrozenModel
 from vlmfast.models.prefix.mapl import MAPLConfig, MAPLModel
 
 # Types that transformers does not know; it reads the tokenizers beside their checkpoints by them.
-for _config in (ClipCapConfig, FrozenConfig, MAPLConfig):
+for _config in (ClipCapConfig, FlamingoConfig, FrozenConfig, MAPLConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
-__all__ = ["ClipCapConfig", "ClipCapModel", "FrozenConfig", "FrozenModel", "MAPLConfig", "MAPLModel"]
+__all__ = [
+    "ClipCapConfig",
+    "ClipCapModel",
+    "FlamingoConfig",
+    "FlamingoModel",
+    "FrozenConfig",
+    "FrozenModel",
+    "MAPLConfig",
+    "MAPLModel",
+]
