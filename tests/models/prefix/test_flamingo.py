@@ -372,8 +372,8 @@ def test_documents_and_pairs(built: tuple[FlamingoModel, Any, FlamingoOptions]) 
     assert texts[3] == "b<image>|<|endofchunk|>"
     assert made["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 0, 1, 0, 0]
     assert set(made) == {"pixel_values", "input_ids", "attention_mask", "labels"}
-    _, texts = read(built, sample(f"a{END_TOKEN}more <image>b", 1), max_length=3)
-    assert texts[0].replace(" ", "") == "a<|endofchunk|>more<image>"  # cut
+    _, texts = read(built, sample(f"a{END_TOKEN}two <image>b", 1), max_length=3)
+    assert texts[0].replace(" ", "") == "a<|endofchunk|>two<image>"  # cut
     with pytest.raises(ValueError, match="expected <image> 2 times, once for each image, or not at all, got it 1"):
         read(built, sample("a <image>", 2))
 
