@@ -212,7 +212,7 @@ class FlamingoModel(PrefixModel):
 
     def new_mapper(self, width: int, embedding_size: int) -> nn.Module:
         config = self.config
-        heads = {"heads": config.cross_attention_heads, "dim_head": config.cross_attention_head_size}
+        heads: dict[str, Any] = {"heads": config.cross_attention_heads, "dim_head": config.cross_attention_head_size}
         resampler = PerceiverResampler(
             dim=width,
             depth=config.resampler_layers,
@@ -234,7 +234,7 @@ class FlamingoModel(PrefixModel):
             raise ValueError(f"tokenizer: expected one with the tokens {', '.join(cls.extra_tokens)}, got ids {ids}")
         model = super().create(options, tokenizer, **{"media_token_id": ids[1], **overrides})
         with torch.no_grad():
-            known = model.get_input_embeddings().weight.float()  # type: ignore[union-attr, operator]
+            known: Tensor = model.get_input_embeddings().weight.float()  # type: ignore[assignment]
             drawn = known.mean(0) + known.std(0) * torch.randn(2, known.shape[1])
             model.mapper.tokens.copy_(drawn)
             if model.mapper.end is not None:
@@ -344,7 +344,8 @@ class FlamingoModel(PrefixModel):
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Weight decay of the blocks, gates and norms too, as in open_flamingo, and of matrices of new towers."""
-        decayed, others = [], []
+        decayed: list[Tensor] = []
+        others: list[Tensor] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 own = name.startswith("mapper.")
