@@ -119,6 +119,34 @@ def test_examples_in_the_prompt(source: str, tmp_path: Path) -> None:
         VQAOptions(prompt="answer:")
 
 
+def test_examples_like_the_image_that_is_asked_about(source: str, tmp_path: Path) -> None:
+    """The most similar last, one question of each image; of shuffled images for the blind score."""
+
+    class Comparer(Answerer):
+        def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return pixel_values.float().mean(dim=(1, 2))[:, None].expand(-1, 4, -1)  # of four patches
+
+    colours = ["yellow", "red", "blue", "green"]
+    samples = [(colour, record(colour)) for colour in colours]
+    train = write_records(tmp_path / "train.tar", *samples, ("x", record("red")))
+    palette = torch.nn.functional.normalize(torch.tensor([COLOURS[name] for name in colours]).float(), dim=1)
+    task = VQA(VQAOptions(prompt=PROMPT, shots=2, rices=True, train_data=train))
+    for blind in (True, False):
+        model = Comparer()
+        found = task.evaluate(model, source, word_tokenizer(), None, batch_size=3, blind=blind)
+        assert found.rows["model"] == {"accuracy": 1.0}
+        assert len(model.shown) == 13
+        for images in model.shown:
+            *examples, asked = model.eval().names(torch.stack(images))
+            nearest = palette @ torch.tensor(COLOURS[asked]).float()
+            best = [colours[k] for k in nearest.argsort(descending=True)[:2].tolist()]
+            assert examples == best[::-1]
+    with pytest.raises(TypeError, match="--rices: expected a model with image_features, Answerer has none"):
+        score(Answerer(), source, shots=2, rices=True, train_data=train)
+    with pytest.raises(ValueError, match="--rices has no effect without --shots"):
+        VQAOptions(rices=True)
+
+
 def test_a_head_learns_to_choose_is_saved_and_loaded(source: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     task = VQA(VQAOptions())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
@@ -26,6 +26,7 @@ from vlmfast.tasks.generation import GenerationOptions, generate
 from vlmfast.tasks.heads import Labelled, TaskModel, first_of, question_collator
 from vlmfast.tasks.page import INK, MUTED, RIGHT, WRONG, Cell, gallery
 from vlmfast.tasks.questions import Question, Questions
+from vlmfast.tasks.rices import Similar
 from vlmfast.tasks.scores import Compared
 from vlmfast.tasks.task import Run, Task, Trainable
 
@@ -46,6 +47,10 @@ class VQAOptions(GenerationOptions):
         default=0, metadata={"help": "Examples in the prompt, each with its image, drawn from --train-data."}
     )
     shots_seed: int = field(default=0, metadata={"help": "Of the draw of examples."})
+    rices: bool = field(
+        default=False,
+        metadata={"help": "Examples with images like the one that is asked about, the most similar last."},
+    )
     train_data: str | None = field(
         default=None, metadata={"help": "Training samples, for examples and for what their answers alone reach."}
     )
@@ -64,6 +69,8 @@ class VQAOptions(GenerationOptions):
             raise ValueError(f"--shots: expected at least 0, got {self.shots}")
         if self.shots and not self.train_data:
             raise ValueError(f"--shots {self.shots} needs --train-data, from which examples are drawn")
+        if self.rices and not self.shots:
+            raise ValueError("--rices has no effect without --shots")
         if self.num_answers < 1:
             raise ValueError(f"--num-answers: expected at least 1, got {self.num_answers}")
 
@@ -148,7 +155,9 @@ class VQA(Task):
         plain = _Asked(questions, self.options.prompt)
         asked: Dataset[Any] = plain
         if training is not None and self.options.shots:
-            asked = _Shots(plain, training, self.options, getattr(run.model, "example_end", "\n"))
+            seed = self.options.shots_seed
+            similar = Similar(run, questions, training, seed) if self.options.rices else None
+            asked = _Shots(plain, training, self.options, getattr(run.model, "example_end", "\n"), similar)
         texts, kept, _ = generate(run, asked, self.options, _caption)
         # A language model goes on after its answer, with a line or a question of its own.
         stop = self.options.prompt.partition("{}")[0].strip()
@@ -208,10 +217,14 @@ class _Answered(_Asked):
 class _Shots(Dataset[Any]):
     """Samples of several images: examples with their answers, then the one that is asked.
 
-    `<image>` stands in the caption for each image. Which examples a question gets depends on the seed and on its place.
+    `<image>` stands in the caption for each image. Which examples a question gets depends on the seed and on its place,
+    or on `similar`, whose first becomes the last example.
     """
 
-    def __init__(self, asked: _Asked, training: Questions, options: VQAOptions, end: str) -> None:
+    def __init__(
+        self, asked: _Asked, training: Questions, options: VQAOptions, end: str, similar: Similar | None
+    ) -> None:
+        self.similar = similar
         self.asked = asked
         self.examples = _Answered(training, options.prompt)
         if len(training) < options.shots:
@@ -225,17 +238,26 @@ class _Shots(Dataset[Any]):
         sample = self.asked[place]
         if sample is None:
             return None
-        order = random.Random(f"{self.seed} {place}")
         shots: list[Any] = []
-        tried: set[int] = set()
-        while len(shots) < self.shots and len(tried) < len(self.examples):
-            number = order.randrange(len(self.examples))
-            if number not in tried:
-                tried.add(number)
-                shots += [shot for shot in [self.examples[number]] if shot is not None]
+        for number in self._drawn(place) if self.similar is None else self.similar(place):
+            shots += [shot for shot in [self.examples[number]] if shot is not None]
+            if len(shots) == self.shots:
+                break
+        if self.similar is not None:
+            shots.reverse()
         text = "".join(f"{PLACE}{shot.caption}{self.end}" for shot in shots)
         images = [*(shot.image for shot in shots), sample.image]
         return replace(sample, images=images, caption=f"{text}{PLACE}{sample.caption}")
+
+    def _drawn(self, place: int) -> Iterator[int]:
+        """All examples, in random order."""
+        order = random.Random(f"{self.seed} {place}")
+        tried: set[int] = set()
+        while len(tried) < len(self.examples):
+            number = order.randrange(len(self.examples))
+            if number not in tried:
+                tried.add(number)
+                yield number
 
 
 def _soft_labels(names: Sequence[str], samples: Sequence[Any]) -> torch.Tensor:
