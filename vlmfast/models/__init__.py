@@ -19,6 +19,7 @@ MODELS = {
     "mapl": "vlmfast.models.prefix.mapl:MAPLModel",
     "visual_bert": "vlmfast.models.masked.visual_bert:VisualBERTModel",
     "asif": "vlmfast.models.training_free.asif:ASIFModel",
+    "bridgetower": "vlmfast.models.masked.bridgetower:BridgeTowerForPreTraining",
 }
 """By the model_type of their configs: "module:Class"."""
 
