@@ -205,7 +205,7 @@ class BridgeTowerForPreTraining(Pretrainable, BridgeTowerPreTrainedModel):
     @property
     def max_text_length(self) -> int:
         """Tokens of a text at most, as RoBERTa counts its positions."""
-        text = self.config.text_config  # type: ignore[attr-defined]
+        text = self.config.text_config
         return int(text.max_position_embeddings - text.pad_token_id - 1)
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ class BridgeTowerForPreTraining(Pretrainable, BridgeTowerPreTrainedModel):
         if self.mlm_score is not None:
             bias = self.mlm_score.bias
             self.mlm_score.bias = nn.Parameter(F.pad(bias, (0, size - len(bias))))
-        for config in (self.config.text_config, self.bridgetower.text_model.config):  # type: ignore[attr-defined]
+        for config in (self.config.text_config, self.bridgetower.text_model.config):
             config.vocab_size = size
 
     def get_output_embeddings(self) -> nn.Module | None:

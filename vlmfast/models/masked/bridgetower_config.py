@@ -90,8 +90,8 @@ class BridgeTowerConfig(PreTrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def _check(self) -> None:
-        text: Any = self.text_config  # type: ignore[attr-defined]
-        vision: Any = self.vision_config  # type: ignore[attr-defined]
+        text: Any = self.text_config
+        vision: Any = self.vision_config
         if not set(self.objectives) <= set(OBJECTIVES) or "itm" not in self.objectives:
             raise ValueError(
                 f"objectives: expected some of {', '.join(OBJECTIVES)}, itm among them; got {self.objectives}"

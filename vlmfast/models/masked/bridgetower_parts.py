@@ -150,7 +150,7 @@ def clip_tower(source: str) -> tuple[transformers.BridgeTowerVisionConfig, dict[
         ValueError: the tower is none of CLIP's, or one that BridgeTower's has no place for.
     """
     tower: Any = load_tower("vision_model", source)
-    config = getattr(tower, "config", None)
+    config: Any = getattr(tower, "config", None)
     if getattr(config, "model_type", None) != "clip_vision_model":
         raise ValueError(f"--vision-tower: expected a CLIP checkpoint, got {getattr(config, 'model_type', None)!r}")
     fixed = {
