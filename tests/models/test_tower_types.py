@@ -43,6 +43,11 @@ OWN: dict[str, dict[str, Any]] = {
     "swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4},
     "swinv2": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4},
     "donut-swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4},
+    "maskformer-swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "hidden_size": 32},
+    "mobilevit": {"hidden_sizes": [16, 16, 32], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 24], "patch_size": 2},
+    "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
+    "align_vision_model": {"width_coefficient": 0.1, "depth_coefficient": 0.1},
+    "textnet": {"stem_out_channels": 8, "hidden_sizes": [8, 8, 8, 8, 16]},
     "bit": {"hidden_sizes": [32, 32], "depths": [1, 1], "embedding_size": 32, "num_groups": 8},
     "focalnet": {
         **{"embed_dim": 16, "depths": [1, 1], "hidden_sizes": [16, 32], "focal_levels": [1, 1]},
@@ -78,9 +83,10 @@ TEXTS = """
 """
 """Types that have a masked language model or whose output has a pooler_output, and that read text alone."""
 IMAGES = """
-    aimv2_vision_model beit bit chinese_clip_vision_model clip_vision_model convnext convnextv2 deit dinov2
-    dinov2_with_registers dinov3_convnext dinov3_vit donut-swin dpt focalnet hiera levit mlcd mlcd_vision_model
-    pixio regnet resnet sapiens2 siglip_vision_model swin swinv2 tipsv2_vision_model vit yolos
+    aimv2_vision_model align_vision_model beit bit chinese_clip_vision_model clip_vision_model convnext convnextv2 deit dinov2
+    dinov2_with_registers dinov3_convnext dinov3_vit donut-swin dpt efficientnet focalnet hiera levit maskformer-swin
+    mlcd mlcd_vision_model mobilevit pixio regnet resnet sapiens2 siglip_vision_model swin swinv2 textnet
+    tipsv2_vision_model vit yolos
 """
 
 

@@ -328,6 +328,10 @@ def tower_width(name: str, config: PreTrainedConfig) -> int:
         return int(round_filters(config, config.out_channels[-1]))
     if config.model_type == "efficientnet":
         return int(config.hidden_dim)
+    if config.model_type == "mobilevit":
+        return int(config.neck_hidden_sizes[-1])
+    if config.model_type == "textnet":
+        return 4 * int(config.hidden_sizes[-1])  # it pools to 2 x 2
     found = getattr(config, "hidden_size", None) or getattr(config, "hidden_sizes", [None])[-1]
     if found is None:
         raise ValueError(f"{name}: expected a config with hidden_size or hidden_sizes, got {type(config).__name__}")
