@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import PAIRS, STEPS, assert_same_run, command, logged, run, write_pairs
+from command_line import PAIRS, STEPS, assert_same_run, command, logged, run, start, write_pairs
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -57,7 +57,7 @@ def test_killed_in_mid_step_and_resumed(data: Path, finished: Path, tmp_path: Pa
     assert other.returncode == 1
     assert "seed was 42 and is 7" in other.stderr
 
-    resumed = run(command(data, tmp_path, "--resume"))
+    resumed = start(command(data, tmp_path, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
     assert_same_run(tmp_path, finished)
@@ -185,7 +185,7 @@ def test_two_processes_equal_one(data: Path, finished: Path, tmp_path: Path) -> 
     assert stopped is not None
     assert stopped.name != f"checkpoint-{STEPS}"
 
-    done = run(torchrun(data, tmp_path, "--save-steps=1000", "--resume"))
+    done = start(torchrun(data, tmp_path, "--save-steps=1000", "--resume"))
     assert done.returncode == 0, done.stderr
     assert f"resuming from {stopped}" in done.stdout
     assert logged(tmp_path) == pytest.approx(logged(finished), rel=1e-4)
@@ -241,7 +241,7 @@ def test_errors_are_one_line(
 
 
 def test_errors_are_the_programs_exit_code() -> None:
-    done = run([sys.executable, "-m", "vlmfast", "eval", "--checkpoint=./nowhere", "--data=x"])
+    done = start([sys.executable, "-m", "vlmfast", "eval", "--checkpoint=./nowhere", "--data=x"])
     assert done.returncode == 1
     assert "no config.json" in done.stderr
 

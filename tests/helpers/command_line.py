@@ -1,17 +1,20 @@
-"""vlmfast in processes of its own, on small coloured squares."""
+"""vlmfast on small coloured squares, in this process or in one of its own."""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from vlmfast.cli import main
 from vlmfast.models import model_class
 
 PAIRS = 40
@@ -53,6 +56,16 @@ def command(data: Path, output_dir: Path, *extra: str, model: str = "clip", towe
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """`python -m vlmfast ...` in this process, which saves eight seconds of imports."""
+    assert arguments[1:3] == ["-m", "vlmfast"]
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(arguments[3:])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def start(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """In a process of its own."""
     return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
 
 

@@ -82,6 +82,8 @@ def train(name: str, data: Path, folder: Path, tower: Path, *options: str) -> in
         if not (pretrained and (key.startswith("vision_") or key in ("image_size", "patch_size")))
     ]
     needed = [f"--vision-tower={tower}"] if pretrained else []
+    if hasattr(model_class(name), "loss"):
+        needed.append("--cache-chunk=4")
     return main([
         "train", name, f"--data={data}", f"--output-dir={folder}", *sizes, *needed, "--per-device-train-batch-size=8",
         "--max-steps=2", "--save-steps=1", "--logging-steps=1", "--report-to=none", "--use-cpu", "--max-length=12",

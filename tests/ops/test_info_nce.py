@@ -27,7 +27,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_at_most_twice_eagers_error_on_random_rows(backend: str, recompute: bool) -> None:
     """Scale 100, where a shift by the scale would underflow most rows; epsilon is one rounding of the result."""
-    image, text = pairs(512 if backend == "triton" else 2048, 768)  # triton's interpreter is slow
+    image, text = pairs(256 if backend == "triton" else 2048, 768)  # triton's interpreter is slow
     assert_as_exact_as_eager(
         lambda x, y, s: info_nce(x, y, s, recompute=recompute),
         reference,
@@ -44,6 +44,8 @@ def test_at_most_twice_eagers_error_on_random_rows(backend: str, recompute: bool
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_shapes_and_dtypes(backend: str, rows: int, dim: int, dtype: torch.dtype, recompute: bool) -> None:
+    if backend == "triton":
+        rows = min(rows, 130)  # two blocks, of which one is hardly begun, show in its interpreter what three do
     check(*pairs(rows, dim), 20.0, dtype, recompute=recompute, dots=rounding_of_dots(backend, dtype))
 
 

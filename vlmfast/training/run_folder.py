@@ -92,8 +92,10 @@ def on_first_rank(function: Callable[[], Result]) -> Result:
             outcome[1] = error
     if world_size > 1:
         dist.broadcast_object_list(outcome, src=0)
-    result, failure = outcome
-    if failure is not None:
-        raise failure
-    found: Result = result
-    return found
+    try:
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: Result = outcome[0]
+        return result
+    finally:
+        outcome.clear()  # an error whose own frame names it would hold what that frame knows, such as the lock
