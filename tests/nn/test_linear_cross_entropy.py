@@ -122,6 +122,56 @@ def test_an_embedding_is_a_head() -> None:
     assert embedding.weight.grad.abs().sum() > 0
 
 
+class Adapted(nn.Module):
+    """As an adapter stands in the place of a layer: with the weight of what it wraps."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.more = inner, nn.Linear(D, V, bias=False)
+        self.calls = 0
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        assert hidden.shape[0] == self.expected
+        self.calls += 1
+        return self.inner(hidden) + self.more(hidden)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_head_whose_weight_does_not_say_all_is_called(several: bool) -> None:
+    """On the rows that are predicted, with its own parameters trained; beside it a plain head."""
+    hidden, labels = batch(4, 7)
+    hidden = hidden.float()
+    adapted, plain = Adapted(nn.Linear(D, V)), nn.Linear(D, V)
+    adapted.expected = (labels[:, 1:] != -100).sum()
+    options = {"label_smoothing": 0.1, "num_items_in_batch": 5}
+    if several:
+        loss = language_model_loss([hidden, 2 * hidden], [adapted, plain], labels, **options)
+    else:
+        loss = language_model_loss(hidden, adapted, labels, **options)
+    loss.backward()
+    assert adapted.calls == 1
+    gradients = [adapted.more.weight.grad, adapted.inner.weight.grad]
+    logits = adapted.inner(hidden) + adapted.more(hidden) + (plain(2 * hidden) if several else 0)
+    want = eager(logits[:, :-1], labels[:, 1:], label_smoothing=0.1, reduction="sum") / 5
+    torch.testing.assert_close(loss, want)
+    adapted.zero_grad()
+    want.backward()
+    for found, parameter in zip(gradients, (adapted.more.weight, adapted.inner.weight), strict=True):
+        torch.testing.assert_close(found, parameter.grad)
+
+
+def test_hooks_of_a_head_run() -> None:
+    hidden, labels = batch(2, 4)
+    head = nn.Linear(D, V)
+    head.register_forward_hook(lambda module, given, out: 2 * out)
+    want = eager(2 * F.linear(hidden.float(), head.weight, head.bias)[:, :-1], labels[:, 1:])
+    torch.testing.assert_close(language_model_loss(hidden.float(), head, labels), want)
+
+
 @pytest.mark.parametrize("biases", [(False, False), (True, False), (True, True)])
 def test_the_sum_of_two_heads(biases: tuple[bool, bool]) -> None:
     """VC-GPT: logits = W_G h_G + W_fuse h_fuse, here of different widths."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmfast.nn._sizes import check_integer, check_integers, check_real
+from vlmfast.nn._stem import reason_to_call
 from vlmfast.ops import linear_cross_entropy
 from vlmfast.ops._arguments import INTEGERS
 from vlmfast.ops.linear_cross_entropy import REDUCTIONS
@@ -106,7 +107,8 @@ def language_model_loss(
     Args:
         hidden (..., L, D): the last hidden states; float32, float16 or bfloat16.
         lm_head: a module with weight (V, D) and perhaps bias (V,), as nn.Linear or a tied nn.Embedding, which is not
-            called; or the weight itself.
+            called; or the weight itself. An nn.Linear with hooks, or another module with a forward of its own, such as
+            one with an adapter, is called on the rows that are predicted, and logits of these are made.
         labels (..., L): integers in [0, V), or ignore_index, whose rows cost nothing.
         shift: position t predicts labels[..., t + 1]; False: labels[..., t], as where the labels are shifted already.
         ignore_index, label_smoothing, recompute: as in `vlmfast.ops.linear_cross_entropy`.
@@ -120,6 +122,8 @@ def language_model_loss(
         TypeError: lm_head has no weight, or sequences come without a counterpart.
     """
     op = "language_model_loss"
+    heads_of_one = list(lm_head) if isinstance(lm_head, Sequence) else [lm_head]
+    called = any(map(_must_be_called, heads_of_one))
     if isinstance(lm_head, Sequence):
         states = _sequence(op, "hidden", hidden, "lm_head", lm_head)
         heads = [_weight_and_bias(op, head) for head in lm_head]
@@ -144,21 +148,53 @@ def language_model_loss(
         following = F.pad(target[..., 1:], (0, 1), value=ignore_index) if shift and target.shape[-1] else target
         flat.append(following.reshape(-1))
     rows = [part.reshape(-1, part.shape[-1]) for part in parts]
-    each = linear_cross_entropy(
-        torch.cat(rows) if len(rows) > 1 else rows[0],
-        weight,
-        torch.cat(flat),
-        bias=bias,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="none",
-        recompute=recompute,
-    )
+    every, wanted = torch.cat(rows) if len(rows) > 1 else rows[0], torch.cat(flat)
+    if called:
+        each = _by_calling(heads_of_one, every, wanted, ignore_index, label_smoothing)
+    else:
+        each = linear_cross_entropy(
+            every,
+            weight,
+            wanted,
+            bias=bias,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction="none",
+            recompute=recompute,
+        )
     losses = [
         loss.sum() / _count(target, ignore_index, num_items_in_batch)
         for loss, target in zip(each.split([len(part) for part in flat]), flat, strict=True)
     ]
     return losses[0] if isinstance(hidden, Tensor) or isinstance(lm_head, Sequence) else torch.stack(losses)
+
+
+def _must_be_called(head: Head) -> bool:
+    """Whether the weight and bias of a head do not say all that it does."""
+    if isinstance(head, Tensor | nn.Embedding | LinearCrossEntropy):
+        return False
+    return type(head).forward is not nn.Linear.forward or reason_to_call(head) is not None
+
+
+def _by_calling(
+    heads: Sequence[Head], rows: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    """The loss of each row, float32 (N,), with the logits of the rows that are predicted.
+
+    Args:
+        rows (N, D): beside each other, of several heads.
+    """
+    predicted = (labels != ignore_index).nonzero().squeeze(1)
+    widths = [_weight_and_bias("language_model_loss", head)[0].shape[1] for head in heads]
+    logits: Tensor | int = 0
+    for head, part in zip(heads, rows[predicted].split(widths, dim=1), strict=True):
+        if isinstance(head, nn.Module) and not isinstance(head, nn.Embedding | LinearCrossEntropy):
+            logits = logits + head(part)
+        else:
+            logits = logits + F.linear(part, *_weight_and_bias("language_model_loss", head))
+    assert isinstance(logits, Tensor)
+    losses = F.cross_entropy(logits.float(), labels[predicted], reduction="none", label_smoothing=label_smoothing)
+    return losses.new_zeros(len(labels)).index_copy(0, predicted, losses)
 
 
 def _count(labels: Tensor, ignore_index: int, given: Tensor | int | None) -> Tensor | int:
