@@ -85,8 +85,8 @@ TEXTS = """
 IMAGES = """
     aimv2_vision_model align_vision_model beit bit chinese_clip_vision_model clip_vision_model convnext convnextv2
     deit dinov2 dinov2_with_registers dinov3_convnext dinov3_vit donut-swin dpt efficientnet focalnet hiera
-    levit maskformer-swin mlcd mlcd_vision_model mobilevit pixio regnet resnet sapiens2 siglip_vision_model swin swinv2 textnet
-    tipsv2_vision_model vit yolos
+    levit maskformer-swin mlcd mlcd_vision_model mobilevit pixio regnet resnet sapiens2 siglip_vision_model swin
+    swinv2 textnet tipsv2_vision_model vit yolos
 """
 
 
