@@ -20,6 +20,7 @@ MODELS = {
     "visual_bert": "vlmfast.models.masked.visual_bert:VisualBERTModel",
     "asif": "vlmfast.models.training_free.asif:ASIFModel",
     "bridgetower": "vlmfast.models.masked.bridgetower:BridgeTowerForPreTraining",
+    "lxmert": "vlmfast.models.masked.lxmert:LXMERTModel",
 }
 """By the model_type of their configs: "module:Class"."""
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmfast.models.checkpoints import find, load_auto
+from vlmfast.models.checkpoints import find, load_auto, read_config
+from vlmfast.models.contract import flag
 
 
 def load_bert(source: str) -> Any:
@@ -17,12 +18,13 @@ def load_bert(source: str) -> Any:
         FileNotFoundError: there is no such checkpoint.
         ValueError: it is of another model than BERT, or damaged.
     """
-    from transformers import AutoModelForPreTraining, BertForPreTraining
+    from transformers import AutoModelForPreTraining
 
-    model = load_auto(AutoModelForPreTraining, "text_tower", find(source), new=("cls.", "bert.pooler."))
-    if not isinstance(model, BertForPreTraining):
-        raise ValueError(f"text_tower: expected a BERT, got {source}, whose model_type is {model.config.model_type!r}")
-    return model
+    found = find(source)
+    kind = read_config(found).get("model_type")
+    if kind != "bert":
+        raise ValueError(f"text_tower: expected a BERT, got {source}, whose model_type is {kind!r}")
+    return load_auto(AutoModelForPreTraining, "text_tower", found, new=("cls.", "bert.pooler."))
 
 
 def bert_sizes(config: Any) -> dict[str, Any]:
@@ -32,6 +34,23 @@ def bert_sizes(config: Any) -> dict[str, Any]:
         "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size", "initializer_range",
     )  # fmt: skip
     return {name: getattr(config, name) for name in names}
+
+
+def small(width: int, vocab_size: int, max_length: int) -> dict[str, Any]:
+    """The sizes of a BERT from a few numbers: heads of 64, MLPs four times as wide.
+
+    Raises:
+        ValueError: the width is not a multiple of 64.
+    """
+    if width % 64:
+        raise ValueError(f"{flag('text_width')}: expected a multiple of 64 (the head size), got {width}")
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "num_attention_heads": width // 64,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": max_length,
+    }
 
 
 @torch.no_grad()

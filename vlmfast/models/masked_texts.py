@@ -32,8 +32,7 @@ class Texts:
     def __call__(self, texts: Sequence[Text]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `token_type_ids` int64 (B, L), padded on the right; 1 in the last is the
         second segment."""
-        rows = [self._row(text) for text in texts]
-        return self._padded([(row["input_ids"], row["token_type_ids"]) for row in rows])
+        return self._padded([self._row(text, self.max_length) for text in texts])
 
     def masked(
         self, texts: Sequence[Text], mask: TokenMask, generators: Sequence[np.random.Generator]
@@ -50,22 +49,22 @@ class Texts:
         rows, places = [], []
         ends = self.tokenizer.num_special_tokens_to_add() > 0
         for text in texts:
-            ids = self._row(text, self.max_length - 1)["input_ids"]
+            ids, _ = self._row(text, self.max_length - 1)
             place = len(ids) - (1 if ends and ids[-1] in self.tokenizer.all_special_ids else 0)
             ids = [*ids[:place], self.tokenizer.mask_token_id, *ids[place:]]
             rows.append((ids, [0] * len(ids)))
             places.append(place)
         return {**self._padded(rows), "read_at": torch.tensor(places)}
 
-    def _row(self, text: Text, max_length: int | None = None) -> Any:
+    def _row(self, text: Text, max_length: int) -> tuple[list[int], list[int]]:
+        """The ids of a text and their segments; the second one goes from its first word to the end."""
         first, second = text if isinstance(text, tuple) else (text, None)
-        return self.tokenizer(
-            first,
-            second,
-            truncation=True,
-            max_length=self.max_length if max_length is None else max_length,
-            return_token_type_ids=True,
-        )
+        row = self.tokenizer(first, second, truncation=True, max_length=max_length)
+        ids = row["input_ids"]
+        # Not the tokenizer's own token_type_ids, which are 0 throughout where it is not a BERT's.
+        segments = [] if second is None else row.sequence_ids(0)
+        start = segments.index(1) if 1 in segments else len(ids)
+        return ids, [int(place >= start) for place in range(len(ids))]
 
     def _padded(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         def pad(values: Sequence[list[int]], fill: int) -> Tensor:

@@ -127,6 +127,12 @@ class ReadsRegions(Pretrainable):
         side = None if self.region_tower is None else self.config.image_size
         return RegionCollator(side, self.config.grid, options.max_regions)
 
+    def check_region_width(self, name: str) -> None:
+        """ValueError where a field of the config, the width of features, is not the tower's."""
+        width = getattr(self.config, name)
+        if self.region_tower is not None and self.region_tower.width != width:
+            raise ValueError(f"{name}: expected {self.region_tower.width}, the width of region_tower, got {width}")
+
     def region_features_of(
         self, region_features: Tensor | None, pixel_values: Tensor | None, region_boxes: Tensor | None
     ) -> Tensor:

@@ -46,8 +46,8 @@ from transformers.models.visual_bert import modeling_visual_bert as original
 from transformers.utils import ModelOutput
 
 from vlmfast.data import Sample, TokenMask
-from vlmfast.models.bert_weights import bert_sizes, copy_weights, load_bert
-from vlmfast.models.contract import JointFeatures, flag
+from vlmfast.models.bert_weights import bert_sizes, copy_weights, load_bert, small
+from vlmfast.models.contract import JointFeatures
 from vlmfast.models.masked_texts import Text, Texts
 from vlmfast.models.region_batches import RegionCollator, generators_of, mismatch
 from vlmfast.models.region_tower import ReadsRegions, RegionOptions, RegionTower
@@ -151,11 +151,7 @@ class VisualBERTModel(ReadsRegions, transformers.VisualBertPreTrainedModel):
     def __init__(self, config: VisualBERTConfig) -> None:
         super().__init__(config)
         self.region_tower = None if config.region_tower is None else RegionTower(config.region_tower)
-        if self.region_tower is not None and self.region_tower.width != config.visual_embedding_dim:
-            raise ValueError(
-                f"visual_embedding_dim: expected {self.region_tower.width}, the width of region_tower, got "
-                f"{config.visual_embedding_dim}"
-            )
+        self.check_region_width("visual_embedding_dim")
         self.visual_bert = Encoder(config)
         self.cls = original.VisualBertPreTrainingHeads(config)
         self.attention = original.VisualBertRegionToPhraseAttention(config)
@@ -170,7 +166,8 @@ class VisualBERTModel(ReadsRegions, transformers.VisualBertPreTrainedModel):
             sizes = bert_sizes(source.config)
             sizes |= {name: getattr(source.config, name) for name in ("num_hidden_layers", "layer_norm_eps")}
         else:
-            sizes = small(options.text_width, options.text_layers, len(tokenizer), options.max_length)
+            sizes = small(options.text_width, len(tokenizer), options.max_length)
+            sizes["num_hidden_layers"] = options.text_layers
         regions = options.region_settings()
         width = options.region_dim if options.region_dim is not None else options.tower_width
         settings = {**sizes, **regions, "visual_embedding_dim": width, "pad_token_id": tokenizer.pad_token_id}
@@ -273,7 +270,8 @@ class VisualBERTModel(ReadsRegions, transformers.VisualBertPreTrainedModel):
         scores = query @ key.transpose(1, 2) / self.attention.attention_head_size**0.5
         if region_mask is None:
             return scores
-        return scores.masked_fill(region_mask[:, None] == 0, torch.finfo(scores.dtype).min)
+        lowest = max(torch.finfo(scores.dtype).min, torch.finfo(torch.float32).min)  # finite in the loss's float32 too
+        return scores.masked_fill(region_mask[:, None] == 0, lowest)
 
     def _states(
         self,
@@ -350,21 +348,3 @@ def phrase_loss(scores: Tensor, overlap: Tensor) -> Tensor:
     right = (overlap >= ENOUGH).float()
     target = right / right.sum(dim=2, keepdim=True).clamp(min=1)
     return F.kl_div(scores.float().log_softmax(dim=2), target, reduction="batchmean")
-
-
-def small(width: int, layers: int, vocab_size: int, max_length: int) -> dict[str, Any]:
-    """The sizes of a BERT from a few numbers: heads of 64, MLPs four times as wide.
-
-    Raises:
-        ValueError: the width is not a multiple of 64.
-    """
-    if width % 64:
-        raise ValueError(f"{flag('text_width')}: expected a multiple of 64 (the head size), got {width}")
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 64,
-        "intermediate_size": 4 * width,
-        "max_position_embeddings": max_length,
-    }
