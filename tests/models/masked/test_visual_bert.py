@@ -224,7 +224,7 @@ def test_what_is_missing_or_useless_is_named() -> None:
         VisualBERTModel.build(VisualBERTOptions(text_tower="bert", text_layers=2), tokenizer())
     with pytest.raises(ValueError, match="--text-width: expected a multiple of 64"):
         VisualBERTModel.build(VisualBERTOptions(text_width=100), tokenizer())
-    with pytest.raises(ValueError, match="region_features: expected .B, R, D., got None"):
+    with pytest.raises(ValueError, match=r"region_features: expected .B, R, D., got None"):
         make()(torch.zeros(1, 3).long())
     model = VisualBERTModel.build(VisualBERTOptions(text_width=64, text_layers=1, tower_width=16), tokenizer())
     with pytest.raises(ValueError, match="pixel_values and region_boxes"):
