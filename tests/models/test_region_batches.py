@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
-from vlmfast.data import ImageTextDataset, RecordBoxes, Sample, open_features
+from vlmfast.data import ImageTextDataset, RecordBoxes, Sample, load_tokenizer, open_features
+from vlmfast.models.masked.lxmert import LXMERTModel, LXMERTOptions
+from vlmfast.models.masked.visual_bert import VisualBERTModel, VisualBERTOptions
 from vlmfast.models.region_batches import (
     ZEROED,
     RegionCollator,
@@ -24,7 +27,8 @@ from vlmfast.models.region_batches import (
     mismatch,
     take_regions,
 )
-from vlmfast.models.region_tower import pool_boxes
+from vlmfast.models.region_tower import pool_boxes, small_resnet
+from vlmfast.models.towers import tower_config
 
 
 def sample(
@@ -201,3 +205,34 @@ def test_the_objects_of_records_are_features(tmp_path: Path) -> None:
     batch = RegionCollator(6, 2, 36)([dataset[0], dataset[1], dataset[2]])
     assert batch["region_mask"].tolist() == [[1, 0], [1, 1], [0, 0]]
     assert np.allclose(batch["region_boxes"][0, 0], [1 / 6, 2 / 6, 3 / 6, 4 / 6])
+
+
+def test_a_towers_weights_are_taken_and_stay(tmp_path: Path) -> None:
+    """Of a ResNet of transformers, and of a checkpoint of a model that reads regions; another kind is refused."""
+    words = load_tokenizer()
+    words.add_special_tokens({"mask_token": "<|mask|>"})
+    torch.manual_seed(3)
+    resnet = transformers.ResNetModel(tower_config("", small_resnet(16), transformers.ResNetConfig))
+    resnet.save_pretrained(tmp_path / "resnet")
+    small = {"text_width": 64, "text_layers": 1}
+    first = VisualBERTModel.build(VisualBERTOptions(vision_tower=str(tmp_path / "resnet"), **small), words)
+    first.save_pretrained(tmp_path / "first")
+    options = LXMERTOptions(vision_tower=str(tmp_path / "first"), region_layers=1, cross_layers=1, **small)
+    second = LXMERTModel.build(options, words)
+    expected = resnet.state_dict()
+    for model in (first, second, VisualBERTModel.from_pretrained(tmp_path / "first")):
+        model.train()
+        found = model.region_tower.tower.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert not any(p.requires_grad for p in model.region_tower.parameters())
+        assert not any(module.training for module in model.region_tower.modules())
+        assert model.config.region_tower_frozen
+    assert second.config.visual_feat_loss  # a frozen tower's features may be predicted
+    own = VisualBERTModel.build(VisualBERTOptions(tower_width=16, **small), words).train()
+    assert all(p.requires_grad for p in own.parameters())
+    VisualBERTModel.build(VisualBERTOptions(region_dim=8, **small), words).save_pretrained(tmp_path / "features")
+    with pytest.raises(ValueError, match=r"expected a model with an image tower, got .*features, which reads features"):
+        VisualBERTModel.build(VisualBERTOptions(vision_tower=str(tmp_path / "features"), **small), words)
+    with pytest.raises(ValueError, match="--tower-width 16 has no effect beside --vision-tower"):
+        VisualBERTModel.build(VisualBERTOptions(vision_tower="x", tower_width=16), words)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from vlmfast.models.checkpoints import find, load_auto, read_config
 from vlmfast.models.contract import Options, Pretrainable, flag
 from vlmfast.models.region_batches import RegionCollator, WholeImage
 from vlmfast.models.towers import new_tower, tower_config, tower_input, tower_width
 
 POINTS = 4  # a side, at which a box is looked at
+PREFIX = "region_tower.tower."  # of the tower's weights in a checkpoint of a model that reads regions
 
 
 @dataclass
@@ -34,20 +39,76 @@ class RegionOptions(Options):
     grid: int = field(
         default=4, metadata={"help": "Side of the grid of cells that are the regions, where there is no --features."}
     )
-    tower_width: int = field(default=192, metadata={"help": "Width of the image tower, a multiple of 4."})
+    tower_width: int = field(default=192, metadata={"help": "Width of a new image tower, a multiple of 4."})
+    vision_tower: str | None = field(
+        default=None,
+        metadata={
+            "help": "A pretrained image tower, frozen: name or folder of a ResNet, an EfficientNet or the like, or a "
+            "checkpoint of a model that reads regions, whose tower is taken."
+        },
+    )
 
-    tower_flags: ClassVar[tuple[str, ...]] = ("image_size", "grid", "tower_width")
-    new_model: ClassVar[tuple[str, ...]] = ("region_dim", "image_size", "grid", "tower_width")
+    tower_flags: ClassVar[tuple[str, ...]] = ("image_size", "grid", "tower_width", "vision_tower")
+    new_model: ClassVar[tuple[str, ...]] = ("region_dim", *tower_flags)
 
     def check(self) -> None:
         super().check()
         if self.region_dim is not None:
             self.refuse(self.tower_flags, f"--region-dim {self.region_dim}, with which there is no image tower")
+        if self.vision_tower is not None:
+            self.refuse(("tower_width",), f"--vision-tower {self.vision_tower}")
 
-    def region_settings(self) -> dict[str, Any]:
-        """`region_tower`, `image_size` and `grid` of a new model's config."""
-        tower = None if self.region_dim is not None else small_resnet(self.tower_width)
-        return {"region_tower": tower, "image_size": self.image_size, "grid": self.grid}
+
+class NewRegions:
+    """Where the regions of a new model come from, as its options have it.
+
+    Attributes:
+        settings: `region_tower`, `region_tower_frozen`, `image_size` and `grid` of its config.
+        width: of the regions' features.
+    """
+
+    def __init__(self, options: RegionOptions) -> None:
+        self._weights: dict[str, Tensor] | None = None
+        tower: dict[str, Any] | None = None
+        if options.vision_tower is not None:
+            tower, self._weights = load_region_tower(options.vision_tower)
+        elif options.region_dim is None:
+            tower = small_resnet(options.tower_width)
+        self.settings = {
+            "region_tower": tower,
+            "region_tower_frozen": options.vision_tower is not None,
+            "image_size": options.image_size,
+            "grid": options.grid,
+        }
+        self.width = int(options.region_dim or 0)
+        if tower is not None:
+            self.width = tower_width("region_tower", tower_config("region_tower", tower, transformers.ResNetConfig))
+
+    def fill(self, tower: RegionTower | None) -> None:
+        """Gives the model's tower the pretrained weights, where there are any."""
+        if tower is not None and self._weights is not None:
+            tower.tower.load_state_dict(self._weights)
+
+
+def load_region_tower(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights of the image tower in a checkpoint.
+
+    Args:
+        source: name or folder of an image model of transformers, or of a model that reads regions.
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is damaged, or of a model without an image tower.
+    """
+    found = find(source)
+    settings = read_config(found)
+    if "region_tower" not in settings:
+        model = load_auto(AutoModel, "vision_tower", found)
+        return model.config.to_dict(), model.state_dict()
+    if settings["region_tower"] is None:
+        raise ValueError(f"--vision-tower: expected a model with an image tower, got {source}, which reads features")
+    with safe_open(Path(found) / "model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118  # no mapping
+        return settings["region_tower"], {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
 
 
 def small_resnet(width: int) -> dict[str, Any]:
@@ -111,12 +172,16 @@ def pool_boxes(features: Tensor, boxes: Tensor) -> Tensor:
 class ReadsRegions(Pretrainable):
     """`Pretrainable` of models that read regions: where their features come from.
 
-    The config has `region_tower`, a dict or None, `image_size` and `grid`; the model `region_tower`, a `RegionTower` or
-    None.
+    The config has `region_tower`, a dict or None, `region_tower_frozen`, `image_size` and `grid`; the model
+    `region_tower`, a `RegionTower` or None.
     """
 
     reads_features: ClassVar[bool] = True
     region_tower: RegionTower | None
+
+    def frozen_parts(self) -> tuple[nn.Module, ...]:
+        """The image tower, where it is a pretrained one."""
+        return (self.region_tower,) if self.region_tower is not None and self.config.region_tower_frozen else ()
 
     def transform(self, options: Any, *, train: bool) -> Any:
         """Images as they are; none in training where there is no image tower."""

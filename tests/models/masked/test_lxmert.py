@@ -212,7 +212,7 @@ def test_questions_are_answered_where_they_match(tmp_path: Path) -> None:
     share = float((given["answer"] != -100).float().mean())
     assert abs(share - 2 / 3 * float(given["matched"].float().mean())) < 0.12
     loss = model.eval()(**given).answer_loss
-    assert 0.5 < float(loss) < 2
+    assert 0.5 < loss.item() < 2
     path.write_text("yes\nyes\n")
     with pytest.raises(ValueError, match=r"--answers .*each once"):
         read_answers(str(path))

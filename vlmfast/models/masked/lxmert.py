@@ -25,7 +25,7 @@ Departures from transformers' classes, whose weights load, and from the paper:
 - Questions come from the records, and are answered where --answers names a list; each image's caption and questions are
   equally likely. In the paper answers are of the last 10 of 20 epochs, in the authors' code of all.
 - Where samples have no detector's features, a small ResNet makes them of boxes or of a grid and is trained with the
-  rest. Features are then not predicted, since the ResNet could make that easy.
+  rest. Features are then not predicted, since the ResNet could make that easy. With --vision-tower it is frozen.
 - Text may start from a BERT (--text-tower); in the paper all is from scratch.
 """
 
@@ -48,7 +48,7 @@ from vlmfast.models.bert_weights import bert_sizes, copy_weights, load_bert, sma
 from vlmfast.models.contract import JointFeatures
 from vlmfast.models.masked_texts import Texts
 from vlmfast.models.region_batches import RegionCollator, generators_of, mask_regions, mismatch, take_regions
-from vlmfast.models.region_tower import ReadsRegions, RegionOptions, RegionTower
+from vlmfast.models.region_tower import NewRegions, ReadsRegions, RegionOptions, RegionTower
 from vlmfast.ops import linear_cross_entropy
 
 IGNORED = -100
@@ -58,7 +58,7 @@ class LXMERTConfig(transformers.LxmertConfig):
     """transformers' LxmertConfig, with where regions come from.
 
     Args:
-        region_tower, image_size, grid: see `VisualBERTConfig`.
+        region_tower, region_tower_frozen, image_size, grid: see `VisualBERTConfig`.
         answers: what questions may be answered in pre-training, num_qa_labels of them; None where none is.
         Others as transformers' LxmertConfig.
     Raises:
@@ -71,12 +71,14 @@ class LXMERTConfig(transformers.LxmertConfig):
         self,
         *,
         region_tower: dict[str, Any] | None = None,
+        region_tower_frozen: bool = False,
         image_size: int = 128,
         grid: int = 4,
         answers: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.region_tower = region_tower
+        self.region_tower_frozen = region_tower_frozen
         self.image_size = image_size
         self.grid = grid
         self.answers = answers
@@ -156,6 +158,7 @@ class LXMERTModel(ReadsRegions, transformers.LxmertPreTrainedModel):
         self.answer_head = None
         if config.task_qa:
             self.answer_head = original.LxmertVisualAnswerHead(config, config.num_qa_labels)
+        self.freeze()
         self.post_init()
 
     @classmethod
@@ -171,15 +174,17 @@ class LXMERTModel(ReadsRegions, transformers.LxmertPreTrainedModel):
         else:
             sizes = small(options.text_width, len(tokenizer), options.max_length)
         layers = {"l_layers": options.text_layers, "r_layers": options.region_layers, "x_layers": options.cross_layers}
+        regions = NewRegions(options)
         answers = None if options.answers is None else read_answers(options.answers)
         own = {
-            "visual_feat_dim": options.region_dim if options.region_dim is not None else options.tower_width,
-            "visual_feat_loss": options.region_dim is not None,
+            "visual_feat_dim": regions.width,
+            "visual_feat_loss": regions.settings["region_tower"] is None or regions.settings["region_tower_frozen"],
             "task_qa": answers is not None,
             "answers": answers,
             "num_qa_labels": len(answers or ()) or 1,
         }
-        model = cls(LXMERTConfig(**{**sizes, **layers, **options.region_settings(), **own, **overrides}))
+        model = cls(LXMERTConfig(**{**sizes, **layers, **regions.settings, **own, **overrides}))
+        regions.fill(model.region_tower)
         if source is not None:
             copy_weights(model.lxmert, source.bert)
             copy_weights(model.cls, source.cls)

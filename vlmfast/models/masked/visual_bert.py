@@ -28,7 +28,8 @@ Departures from transformers' classes, whose weights load:
 - `bypass_transformer`, which fails there, is refused.
 
 Departures from the paper: where samples have no detector's features, a small ResNet makes them of boxes or of a grid
-and is trained with the rest; `match_scores` reads the head of pre-training without fine-tuning it.
+and is trained with the rest, unless it is a pretrained one (--vision-tower); `match_scores` reads the head of
+pre-training without fine-tuning it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from vlmfast.models.bert_weights import bert_sizes, copy_weights, load_bert, sma
 from vlmfast.models.contract import JointFeatures
 from vlmfast.models.masked_texts import Text, Texts
 from vlmfast.models.region_batches import RegionCollator, generators_of, mismatch
-from vlmfast.models.region_tower import ReadsRegions, RegionOptions, RegionTower
+from vlmfast.models.region_tower import NewRegions, ReadsRegions, RegionOptions, RegionTower
 from vlmfast.nn import language_model_loss
 
 ENOUGH = 0.5  # IoU from which on a region is one of a phrase's
@@ -61,6 +62,7 @@ class VisualBERTConfig(transformers.VisualBertConfig):
 
     Args:
         region_tower: config of an image tower as a dict, see `RegionTower`; None where features are given.
+        region_tower_frozen: whether it stays as it is.
         image_size: S, to which images are stretched for the tower.
         grid: side of the grid that stands for regions where samples have none.
         matching: whether captions are mismatched in pre-training, and that is predicted; False for the paper's phase
@@ -76,6 +78,7 @@ class VisualBERTConfig(transformers.VisualBertConfig):
         self,
         *,
         region_tower: dict[str, Any] | None = None,
+        region_tower_frozen: bool = False,
         image_size: int = 128,
         grid: int = 4,
         matching: bool = True,
@@ -83,6 +86,7 @@ class VisualBERTConfig(transformers.VisualBertConfig):
         **kwargs: Any,
     ) -> None:
         self.region_tower = region_tower
+        self.region_tower_frozen = region_tower_frozen
         self.image_size = image_size
         self.grid = grid
         self.matching = matching
@@ -157,6 +161,7 @@ class VisualBERTModel(ReadsRegions, transformers.VisualBertPreTrainedModel):
         self.attention = original.VisualBertRegionToPhraseAttention(config)
         del self.attention.value  # made, and used by nothing
         self._keys_to_ignore_on_load_unexpected = [r"^attention\.value\."]
+        self.freeze()
         self.post_init()
 
     @classmethod
@@ -168,10 +173,10 @@ class VisualBERTModel(ReadsRegions, transformers.VisualBertPreTrainedModel):
         else:
             sizes = small(options.text_width, len(tokenizer), options.max_length)
             sizes["num_hidden_layers"] = options.text_layers
-        regions = options.region_settings()
-        width = options.region_dim if options.region_dim is not None else options.tower_width
-        settings = {**sizes, **regions, "visual_embedding_dim": width, "pad_token_id": tokenizer.pad_token_id}
-        model = cls(VisualBERTConfig(**{**settings, **overrides}))
+        regions = NewRegions(options)
+        own = {"visual_embedding_dim": regions.width, "pad_token_id": tokenizer.pad_token_id}
+        model = cls(VisualBERTConfig(**{**sizes, **regions.settings, **own, **overrides}))
+        regions.fill(model.region_tower)
         if source is not None:
             copy_weights(model.visual_bert, source.bert)
             copy_weights(model.cls, source.cls)
