@@ -50,6 +50,8 @@ class Sample:
         record: the JSON object beside the image, or a table's other columns; empty where there is none.
         features: its row of the dataset's `features`, where these are dicts of tensors.
         images: all images of an interleaved document, in the order of their numbers; empty for other samples.
+        prompt: what the caption begins with where a task gives that much, such as a question; a model that has what is
+            given in its encoder learns to predict the rest alone. Empty where nothing is given.
     """
 
     image: Tensor | None
@@ -60,6 +62,7 @@ class Sample:
     record: dict[str, Any] = field(default_factory=dict)
     features: dict[str, Tensor] | None = None
     images: list[Tensor] = field(default_factory=list)
+    prompt: str = ""
 
 
 class ImageTextDataset(Dataset[Sample | None]):

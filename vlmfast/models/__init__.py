@@ -21,6 +21,8 @@ MODELS = {
     "asif": "vlmfast.models.training_free.asif:ASIFModel",
     "bridgetower": "vlmfast.models.masked.bridgetower:BridgeTowerForPreTraining",
     "lxmert": "vlmfast.models.masked.lxmert:LXMERTModel",
+    "simvlm": "vlmfast.models.prefix.simvlm:SimVLMModel",
+    "virtex": "vlmfast.models.prefix.virtex:VirTexModel",
 }
 """By the model_type of their configs: "module:Class"."""
 

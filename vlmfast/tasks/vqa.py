@@ -211,7 +211,8 @@ class _Answered(_Asked):
         if sample is None:
             return None
         (answer,) = most_frequent([sample.record["question"].answers])
-        return replace(sample, caption=f"{super()._put(sample).caption} {answer}")
+        prompt = super()._put(sample).caption
+        return replace(sample, caption=f"{prompt} {answer}", prompt=prompt)
 
 
 class _Shots(Dataset[Any]):

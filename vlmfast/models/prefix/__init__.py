@@ -6,9 +6,11 @@ from vlmfast.models.prefix.clipcap import ClipCapConfig, ClipCapModel
 from vlmfast.models.prefix.flamingo import FlamingoConfig, FlamingoModel
 from vlmfast.models.prefix.frozen import FrozenConfig, FrozenModel
 from vlmfast.models.prefix.mapl import MAPLConfig, MAPLModel
+from vlmfast.models.prefix.simvlm import SimVLMConfig, SimVLMModel
+from vlmfast.models.prefix.virtex import VirTexConfig, VirTexModel
 
 # Types that transformers does not know; it reads the tokenizers beside their checkpoints by them.
-for _config in (ClipCapConfig, FlamingoConfig, FrozenConfig, MAPLConfig):
+for _config in (ClipCapConfig, FlamingoConfig, FrozenConfig, MAPLConfig, SimVLMConfig, VirTexConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
 __all__ = [
@@ -20,4 +22,8 @@ __all__ = [
     "FrozenModel",
     "MAPLConfig",
     "MAPLModel",
+    "SimVLMConfig",
+    "SimVLMModel",
+    "VirTexConfig",
+    "VirTexModel",
 ]
