@@ -114,7 +114,7 @@ class SimVLMConfig(PreTrainedConfig):
         self.decoder_layers = decoder_layers
         self.image_mean = image_mean
         self.image_std = image_std
-        kwargs["is_encoder_decoder"] = True
+        kwargs |= {"is_encoder_decoder": True, "tie_word_embeddings": True}
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
         sizes = (
             "vocab_size",

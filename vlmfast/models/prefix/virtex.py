@@ -116,6 +116,7 @@ class VirTexConfig(PreTrainedConfig):
         self.norm_first = norm_first
         self.image_mean = image_mean
         self.image_std = image_std
+        kwargs["tie_word_embeddings"] = True
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
         check_positive(self, "vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_heads")
         if hidden_size % self.num_heads:
@@ -357,7 +358,8 @@ class VirTexModel(Pretrainable, PreTrainedModel):
             init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-            if getattr(module, "padding_idx", None) is not None:
+            loaded = getattr(module.weight, "_is_hf_initialized", False)  # a row of it does not say so
+            if getattr(module, "padding_idx", None) is not None and not loaded:
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.MultiheadAttention):
             init.normal_(module.in_proj_weight, std=0.02)
