@@ -197,6 +197,7 @@ def test_a_model_that_generates_learns_prompt_and_answer(source: str) -> None:
     made = VQA(VQAOptions(prompt=PROMPT)).trainable(Answerer(), source, word_tokenizer(), None)
     assert isinstance(made.model, Answerer)
     assert made.dataset[0, 0].caption == "question : what colour is this ? answer : red"
+    assert made.dataset[0, 0].prompt == "question : what colour is this ? answer :"
     assert made.dataset.__getitems__([(0, 1)])[0].caption == "question : is this red ? answer : yes"
     with pytest.raises(TypeError, match="expected a model with generate and prompt_collator or logits; Toy lacks"):
         VQA().trainable(Toy(), source, word_tokenizer(), None)

@@ -14,7 +14,7 @@ Methods that only some models have are not here. Whoever wants one asks whether 
     metrics()                           name -> float, logged beside the loss: temperature, gates
 
 and what tasks ask for, on batches that `collator(..., train=False)` makes; a task that has a question or a caption of
-its own puts it into `Sample.caption` first:
+its own puts it into `Sample.caption` first, and in training says in `Sample.prompt` how much of it is given:
 
     get_image_features(pixel_values), get_text_features(input_ids, attention_mask)     unit-norm (B, D)
     similarities(image, text)           (B, C) float32 of such features of B images and C texts, where these are not
