@@ -453,7 +453,7 @@ def test_residual_branches_and_relative_places_start_at_zero() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text_batch": 3}, "--text-batch 3 has no effect beside no --text-data"),
+        ({"text_batch": 3}, "--text-batch 3 needs --text-data"),
         ({"text_width": 100}, "--text-width: expected a multiple of 64"),
         ({"vision_width": 90}, "--vision-width: expected a multiple of 4, got 90"),
         ({"pretrained": "x", "text_layers": 2}, "--text-layers 2 has no effect beside --pretrained"),

@@ -156,8 +156,8 @@ class SimVLMOptions(ImageTextOptions):
         super().check()
         if self.text_width % 64:
             raise ValueError(f"--text-width: expected a multiple of 64 (the head size), got {self.text_width}")
-        if not self.text_data:
-            self.refuse(("text_batch",), "no --text-data")
+        if not self.text_data and self.is_given("text_batch"):
+            raise ValueError(f"--text-batch {self.text_batch} needs --text-data, a file of documents")
 
 
 @dataclass
