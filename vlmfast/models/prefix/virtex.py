@@ -359,7 +359,7 @@ class VirTexModel(Pretrainable, PreTrainedModel):
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
             loaded = getattr(module.weight, "_is_hf_initialized", False)  # a row of it does not say so
-            if getattr(module, "padding_idx", None) is not None and not loaded:
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None and not loaded:
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.MultiheadAttention):
             init.normal_(module.in_proj_weight, std=0.02)
