@@ -129,6 +129,8 @@ def run(arguments: Sequence[str]) -> int:
         model, dataset, collator = task.trainable(
             model, data_args.data, tokenizer, options, features=data_args.features, seed=args.seed
         )
+    if hasattr(model, "before_training"):
+        model.before_training(dataset, tokenizer, options)
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(dataset) < batch:
         raise ValueError(f"--data has {len(dataset)} samples, fewer than one batch of {batch}")

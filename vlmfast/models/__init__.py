@@ -17,6 +17,8 @@ MODELS = {
     "frozen": "vlmfast.models.prefix.frozen:FrozenModel",
     "flamingo": "vlmfast.models.prefix.flamingo:FlamingoModel",
     "mapl": "vlmfast.models.prefix.mapl:MAPLModel",
+    "visualgpt": "vlmfast.models.fusion.visualgpt:VisualGPTModel",
+    "vc_gpt": "vlmfast.models.fusion.vc_gpt:VCGPTModel",
     "visual_bert": "vlmfast.models.masked.visual_bert:VisualBERTModel",
     "asif": "vlmfast.models.training_free.asif:ASIFModel",
     "bridgetower": "vlmfast.models.masked.bridgetower:BridgeTowerForPreTraining",

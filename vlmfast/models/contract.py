@@ -10,6 +10,7 @@ Methods that only some models have are not here. Whoever wants one asks whether 
                                         for the inputs it has read; no gradient; --cache-features keeps them on disk
     frozen_fingerprint()                a hash of what decides `frozen_features`
     parameter_groups(lr, weight_decay)  for the optimizer, where layers have learning rates of their own
+    before_training(dataset, tokenizer, options)       a look at the training samples, once
     after_optimizer_step()              clamps
     metrics()                           name -> float, logged beside the loss: temperature, gates
 

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())  # noqa: SIM905
-"""What the COCO evaluation leaves out."""
-WORD = re.compile(r"\w+(?:[-./]\w+)*|'\w+|[^\w\s]")
+from vlmfast.data.words import PUNCTUATION, words_of
 
 
 def has_java() -> bool:
@@ -33,7 +30,7 @@ def tokenize(captions: Sequence[str], *, java: bool) -> list[str]:
         RuntimeError: Java failed.
     """
     lines = [" ".join(caption.split()) for caption in captions]
-    words = _treebank(lines) if java else [WORD.findall(line.lower()) for line in lines]
+    words = _treebank(lines) if java else [words_of(line) for line in lines]
     return [" ".join(word for word in line if word not in PUNCTUATION) for line in words]
 
 

@@ -1,0 +1,12 @@
+"""Images and texts joined by cross-attention."""
+
+from transformers import AutoConfig
+
+from vlmfast.models.fusion.vc_gpt import VCGPTConfig, VCGPTModel
+from vlmfast.models.fusion.visualgpt import VisualGPTConfig, VisualGPTModel
+
+# Types that transformers does not know; it reads the tokenizers beside their checkpoints by them.
+for _config in (VCGPTConfig, VisualGPTConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+
+__all__ = ["VCGPTConfig", "VCGPTModel", "VisualGPTConfig", "VisualGPTModel"]
