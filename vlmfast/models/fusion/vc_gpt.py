@@ -242,7 +242,11 @@ class FusionDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         base = self.language_model.base_model
         takes = {} if position_ids is None or not _reads_positions(base) else {"position_ids": position_ids}
         text = base(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=below, use_cache=bool(use_cache), **takes
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=below,
+            use_cache=bool(use_cache),
+            **takes,
         ).last_hidden_state
         fused = self.fusion(
             inputs_embeds=text,
