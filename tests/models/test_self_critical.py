@@ -62,7 +62,7 @@ def reward(captions: Any, references: Any) -> Tensor:
 @pytest.mark.parametrize("cls", [VisualGPTModel, VCGPTModel])
 def test_the_gradient_is_that_of_the_policy(cls: Any) -> None:
     """By the formula, from the logits of each caption alone; without dropout."""
-    model = make(cls, region_width=20)
+    model = make(cls, region_dim=20)
     with torch.no_grad():
         model.decoder.heads()[-1].weight[STOP] *= 3  # so that captions end
     model.self_critical = SelfCritical(reward, Words(), length=7)

@@ -93,6 +93,7 @@ class Captioner(Pretrainable, PreTrainedModel):
     strategy = "fusion"
     tasks = ("captioning",)
     main_input_name = "input_ids"
+    reads_features = True
     freezes_vision: ClassVar[bool] = False
     """Whether a pretrained image tower is kept as it is."""
     accepts_loss_kwargs = True  # so that the Trainer says how many tokens are predicted
@@ -109,13 +110,13 @@ class Captioner(Pretrainable, PreTrainedModel):
         image_tower: tuple[PreTrainedModel, Tensor | None] | None = None,
     ) -> None:
         super().__init__(config)
-        if config.region_width is None:
+        if config.region_dim is None:
             width = tower_width("vision_config", config.vision_config)
             self.vision: ImageTower | None = ImageTower(
                 config.vision_config, None, config.image_mean, config.image_std, reads="tokens"
             )
         else:
-            width, self.vision = config.region_width, None
+            width, self.vision = config.region_dim, None
         self.add_parts(width)
         self.self_critical: SelfCritical | None = None
         self.post_init()
@@ -144,7 +145,7 @@ class Captioner(Pretrainable, PreTrainedModel):
         begin = stop if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         filler = stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         tokens = {"begin_token_id": begin, "stop_token_id": stop, "filler_token_id": filler}
-        settings = {**tokens, "region_width": options.region_width, **cls.settings(options)}
+        settings = {**tokens, "region_dim": options.region_dim, **cls.settings(options)}
         language = tower = None
         if options.language_model:
             language = load_language_model(options.language_model)
@@ -155,7 +156,7 @@ class Captioner(Pretrainable, PreTrainedModel):
             tower = load_image_tower(options.vision_tower)
             settings |= {"vision_config": tower[0].config, "vision_frozen": cls.freezes_vision}
             settings |= normalisation(options.vision_tower)
-        elif options.region_width is None:
+        elif options.region_dim is None:
             sizes = (options.image_size, options.patch_size, options.vision_width, options.vision_layers)
             settings["vision_config"] = small_vit(*sizes)
         return cls(cls.config_class(**{**settings, **overrides}), language, tower)
@@ -183,6 +184,10 @@ class Captioner(Pretrainable, PreTrainedModel):
         """Tokens of a caption at most, with its begin and end."""
         return self._positions() or 2**20
 
+    def transform(self, options: Any, *, train: bool) -> Any:
+        """As Pretrainable's; no image is read in training where features of regions are."""
+        return None if train and self.vision is None else super().transform(options, train=train)
+
     def image_size(self, options: Any) -> int:
         """As Pretrainable's; of no meaning where features of regions are read."""
         return int(options.image_size) if self.vision is None else super().image_size(options)
@@ -206,8 +211,8 @@ class Captioner(Pretrainable, PreTrainedModel):
             if getattr(self.config, name) is None:
                 raise ValueError(f"{name}: expected a token, got None; set it in the config")
         begin, stop = self.config.begin_token_id, self.config.stop_token_id
-        regions = None if self.vision is not None else self.config.max_regions
-        return CaptionCollator(tokenizer, begin=begin, stop=stop, kind=kind, max_length=max_length, regions=regions)
+        most = None if self.vision is not None else self.config.max_regions
+        return CaptionCollator(tokenizer, begin=begin, stop=stop, kind=kind, max_length=max_length, max_regions=most)
 
     def before_training(self, dataset: Any, tokenizer: Any, options: Any) -> None:
         """Counts the n-grams of all captions of the training samples, where training is self-critical."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmfast.data.dataset import Sample
 from vlmfast.data.records import text_of
 from vlmfast.data.text import usable
+from vlmfast.models.region_batches import RegionCollator
 from vlmfast.nn.prefix import IGNORED
 
 KINDS = ("train", "prompt", "references")
@@ -32,13 +33,13 @@ class CaptionCollator:
         kind: "train"; "prompt" has begin and the sample's caption, not cut, with pads on the left; "references" has
             begin alone.
         max_length: tokens of a row at most.
-        regions: of an image at most, of the highest scores; None where features of regions are not read.
+        max_regions: of an image, the first, which have the highest scores; None where an image tower is read.
     Raises:
-        ValueError: in a call, every sample was skipped, or a sample has no features of regions where they are read.
+        ValueError: in a call, every sample was skipped, or one has not what is read of images.
     """
 
     def __init__(
-        self, tokenizer: Any, *, begin: int, stop: int, kind: str, max_length: int = 0, regions: int | None = None
+        self, tokenizer: Any, *, begin: int, stop: int, kind: str, max_length: int = 0, max_regions: int | None = None
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -49,7 +50,7 @@ class CaptionCollator:
         self.stop = stop
         self.kind = kind
         self.max_length = max_length
-        self.regions = regions
+        self.regions = None if max_regions is None else RegionCollator(None, 1, max_regions)
 
     def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Any]:
         kept = usable(samples)
@@ -76,32 +77,16 @@ class CaptionCollator:
 
     def _images(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         if self.regions is not None:
-            return _regions(samples, self.regions)
-        if samples[0].features is not None:
-            return {"image_features": torch.stack([(sample.features or {})["image_features"] for sample in samples])}
+            found = self.regions(samples)
+            return {"image_features": found["region_features"], "image_mask": found["region_mask"]}
+        cached = [(sample.features or {}).get("image_features") for sample in samples]
+        if cached[0] is not None:
+            return {"image_features": torch.stack([feature for feature in cached if feature is not None])}
+        if samples[0].image is None:
+            raise ValueError(f"sample {samples[0].key!r}: expected an image, or the image tower's features, got none")
         return {"pixel_values": torch.stack([sample.image for sample in samples if sample.image is not None])}
 
 
 def captions_of(sample: Sample) -> list[str]:
     """All true captions of a sample."""
     return list(text_of(sample.record).captions) or [sample.caption]
-
-
-def _regions(samples: Sequence[Sample], most: int) -> dict[str, Tensor]:
-    """image_features (B, R, W) and image_mask (B, R); an image without regions has one of zeros."""
-    rows = []
-    for sample in samples:
-        found = sample.features or {}
-        if "features" not in found:
-            raise ValueError(
-                f"sample {sample.key!r}: expected features of regions, which `vlmfast regions` writes and --features"
-                f" reads, got {sorted(found) or 'none'}"
-            )
-        features = found["features"]
-        if len(features) > most:
-            order = found["scores"].argsort(descending=True, stable=True)[:most] if "scores" in found else slice(most)
-            features = features[order]
-        rows.append(features if len(features) else features.new_zeros(1, features.shape[1]))
-    mask = [torch.ones(len(row), dtype=torch.long) for row in rows]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {"image_features": pad(rows, batch_first=True), "image_mask": pad(mask, batch_first=True)}

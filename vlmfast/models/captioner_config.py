@@ -23,9 +23,9 @@ class CaptionerOptions(ImageTextOptions):
         default=None, metadata={"help": "Name or folder of a pretrained language model; it is trained on."}
     )
     vision_tower: str | None = field(default=None, metadata={"help": "Name or folder of a pretrained image model."})
-    region_width: int | None = field(
+    region_dim: int | None = field(
         default=None,
-        metadata={"help": "Read features of regions of this width (2048 of Faster R-CNN) in place of an image tower."},
+        metadata={"help": "Width of a detector's features in --features, such as 2048; there is then no image tower."},
     )
     vision_width: int = field(default=192, metadata={"help": "Width of a new image tower, a multiple of 64."})
     vision_layers: int = field(default=4, metadata={"help": "Layers of a new image tower."})
@@ -40,7 +40,7 @@ class CaptionerOptions(ImageTextOptions):
     new_model: ClassVar[tuple[str, ...]] = (
         "language_model",
         "vision_tower",
-        "region_width",
+        "region_dim",
         "vision_width",
         "vision_layers",
         "patch_size",
@@ -51,8 +51,8 @@ class CaptionerOptions(ImageTextOptions):
     def check(self) -> None:
         super().check()
         tower = ("vision_width", "vision_layers", "patch_size")
-        if self.region_width is not None:
-            self.refuse(("vision_tower", *tower), f"--region-width {self.region_width}, which has no image tower")
+        if self.region_dim is not None:
+            self.refuse(("vision_tower", *tower), f"--region-dim {self.region_dim}, with which there is no image tower")
         if self.vision_tower:
             self.refuse(tower, f"--vision-tower {self.vision_tower}")
         if self.language_model:
@@ -70,8 +70,8 @@ class CaptionerConfig(PreTrainedConfig):
     Args:
         vision_config, text_config: a config object or a dict of one; without `model_type`, CLIP's image tower and a
             GPT-2.
-        region_width: of features of regions; they are read in the image tower's place. None where there is a tower.
-        max_regions: of an image; of more, those of the highest scores are read.
+        region_dim: width of a detector's features of regions, read in the image tower's place; None where there is one.
+        max_regions: of an image; of more, the first are read, which have the highest scores.
         vision_frozen: whether the image tower is kept as it is.
         begin_token_id: stands before every caption.
         stop_token_id: ends what is generated.
@@ -90,7 +90,7 @@ class CaptionerConfig(PreTrainedConfig):
         vision_config: Any = None,
         text_config: Any = None,
         *,
-        region_width: int | None = None,
+        region_dim: int | None = None,
         max_regions: int = 50,
         vision_frozen: bool = False,
         begin_token_id: int | None = None,
@@ -103,7 +103,7 @@ class CaptionerConfig(PreTrainedConfig):
         # Copies, as transformers takes the attention that a model was made with out of a config that two models share.
         self.vision_config = deepcopy(tower_config("vision_config", vision_config, transformers.CLIPVisionConfig))
         self.text_config = deepcopy(tower_config("text_config", text_config, transformers.GPT2Config))
-        self.region_width = region_width
+        self.region_dim = region_dim
         self.max_regions = max_regions
         self.vision_frozen = vision_frozen
         self.begin_token_id = begin_token_id
@@ -112,7 +112,7 @@ class CaptionerConfig(PreTrainedConfig):
         self.image_mean = image_mean
         self.image_std = image_std
         super().__init__(**kwargs)
-        self.positive("max_regions", *(["region_width"] if region_width is not None else []))
+        self.positive("max_regions", *(["region_dim"] if region_dim is not None else []))
 
     def positive(self, *names: str) -> None:
         """ValueError where one of the fields is no positive integer."""

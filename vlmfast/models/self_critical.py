@@ -11,7 +11,7 @@ k is 5, as in VisualGPT and M2.
 
 CIDEr weighs n-grams by how rare they are in the captions of all training images, and words are `vlmfast.data.words`.
 
-Source: Rennie et al. 2017 (1612.00563); the mean of the beams as baseline, Cornia et al. 2020 (1912.08226), section 3.3.
+Source: Rennie et al. 2017 (1612.00563); the baseline is that of Cornia et al. 2020 (1912.08226), section 3.3.
 
 Departures from M2's and VisualGPT's code: dropout is not active in the search; words come from a regular expression
 instead of a Java program.

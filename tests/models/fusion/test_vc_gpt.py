@@ -61,7 +61,7 @@ def torch_layers(model: Any) -> tuple[nn.TransformerDecoder, dict[str, str]]:
 @pytest.mark.parametrize("ensemble", [True, False])
 def test_loss_and_gradients_are_those_of_the_parts(ensemble: bool) -> None:
     """transformers' GPT-2 below, torch's TransformerDecoder on top, two linear maps, the logits added."""
-    model = make(VCGPTModel, fusion="self_ensemble" if ensemble else "plain", fusion_layers=2, region_width=32)
+    model = make(VCGPTModel, fusion="self_ensemble" if ensemble else "plain", fusion_layers=2, region_dim=32)
     language = AutoModelForCausalLM.from_config(model.config.text_config).eval()
     language.load_state_dict(model.decoder.language_model.state_dict())
     layers, weights = torch_layers(model)
@@ -184,7 +184,7 @@ def test_generation_is_that_without_a_cache(language: str, fusion: str) -> None:
     model = make(VCGPTModel, LANGUAGE[language](), fusion=fusion, fusion_layers=2)
     check_generation(model, pixel_values=pixels())
     if fusion == "self_ensemble":
-        check_generation(make(VCGPTModel, LANGUAGE[language](), fusion_layers=1, region_width=20), **regions())
+        check_generation(make(VCGPTModel, LANGUAGE[language](), fusion_layers=1, region_dim=20), **regions())
 
 
 def test_what_nothing_reads_is_frozen() -> None:
@@ -201,14 +201,14 @@ def test_what_nothing_reads_is_frozen() -> None:
 
 
 def test_wrong_settings_name_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="^fusion: expected one of self_ensemble, plain, vanilla, got 'sum'"):
+    with pytest.raises(ValueError, match=r"^fusion: expected one of self_ensemble, plain, vanilla, got 'sum'"):
         VCGPTConfig(fusion="sum")
-    with pytest.raises(ValueError, match="^fusion_layers: expected a positive integer, got 0"):
+    with pytest.raises(ValueError, match=r"^fusion_layers: expected a positive integer, got 0"):
         VCGPTConfig(fusion_layers=0)
-    with pytest.raises(ValueError, match="text_config: expected a GPT-2, .* got 'llama'"):
+    with pytest.raises(ValueError, match=r"text_config: expected a GPT-2, .* got 'llama'"):
         VCGPTConfig(text_config=llama(), fusion="vanilla")
     with pytest.raises(ValueError, match="--fusion: expected one of"):
         VCGPTOptions(fusion="sum").check()
     with pytest.raises(ValueError, match="--fusion-layers 3 has no effect beside --fusion vanilla"):
         VCGPTOptions(fusion="vanilla", fusion_layers=3).check()
-    assert VOCAB == make(VCGPTModel).vocabulary
+    assert make(VCGPTModel).vocabulary == VOCAB

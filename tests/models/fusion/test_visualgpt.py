@@ -72,7 +72,7 @@ def by_the_equations(model: VisualGPTModel, features: Tensor, ids: Tensor) -> Te
 
 def test_states_loss_and_gradients_are_the_equations() -> None:
     """In float64, with pads among regions and in captions; each image alone and without pads in the equations."""
-    model = make(VisualGPTModel, region_width=20).double()
+    model = make(VisualGPTModel, region_dim=20).double()
     given, text = regions(), captions()
     features = given["image_features"].double()
     with torch.no_grad():
@@ -118,7 +118,7 @@ def gates(model: VisualGPTModel) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def test_gates_are_shut_exactly_and_never_both() -> None:
-    for _, _, s in gates(make(VisualGPTModel, region_width=20)):
+    for _, _, s in gates(make(VisualGPTModel, region_dim=20)):
         language, vision = s > 0.2, 1 - s > 0.2
         assert 0.02 < (~language).double().mean() < 0.6
         assert 0.02 < (~vision).double().mean() < 0.6
@@ -127,7 +127,7 @@ def test_gates_are_shut_exactly_and_never_both() -> None:
 
 def test_without_an_image_the_language_gate_alone_is_left() -> None:
     """A residual around the cross-attention would add the text once more."""
-    model = make(VisualGPTModel, region_width=20)
+    model = make(VisualGPTModel, region_dim=20)
     with torch.no_grad():
         for block in model.decoder.transformer.h:
             block.crossattention.c_proj.weight.zero_()
@@ -140,7 +140,7 @@ def test_without_an_image_the_language_gate_alone_is_left() -> None:
 
 def test_a_shut_gate_has_no_gradient_and_opens_again() -> None:
     """The block's gate, its language side shut by the bias: text has no gradient through it until s is back."""
-    model = make(VisualGPTModel, region_width=20)
+    model = make(VisualGPTModel, region_dim=20)
     gate = model.decoder.transformer.h[0].cross_gate
     with torch.no_grad():
         for fc in gate.children():
@@ -164,12 +164,12 @@ def test_a_shut_gate_has_no_gradient_and_opens_again() -> None:
 
 
 def test_generation_is_that_without_a_cache() -> None:
-    check_generation(make(VisualGPTModel, region_width=20), **regions())
+    check_generation(make(VisualGPTModel, region_dim=20), **regions())
     check_generation(make(VisualGPTModel, tau=0.0), pixel_values=pixels())
 
 
 def test_what_lies_behind_the_last_region_and_token_changes_nothing() -> None:
-    model = make(VisualGPTModel, region_width=20)
+    model = make(VisualGPTModel, region_dim=20)
     given = regions()
     loss = model(**captions(), **given).loss
     given["image_features"][given["image_mask"] == 0] = 100
@@ -201,26 +201,46 @@ def test_a_checkpoint_of_gpt2_loads_and_the_rest_is_new(tmp_path: Path) -> None:
 
 def sample(count: int, key: str = "a") -> Sample:
     features = torch.arange(count, dtype=torch.float32)[:, None].expand(-1, 20)
-    found = {"features": features, "scores": torch.arange(count, dtype=torch.float32)}
+    boxes = torch.tensor([0.0, 0, 8, 8]).expand(count, -1)
+    found = {"features": features, "boxes": boxes, "image_size": torch.tensor([16, 16])}
     return Sample(None, "a red cube", key, None, features=found)
 
 
-def test_regions_of_the_highest_scores_are_read_and_padded() -> None:
-    collator = CaptionCollator(load_tokenizer(), begin=2, stop=1, kind="train", max_length=4, regions=3)
+def test_regions_are_cut_and_padded() -> None:
+    tokenizer = load_tokenizer()
+    collator = CaptionCollator(tokenizer, begin=2, stop=1, kind="train", max_length=4, max_regions=3)
     batch = collator([sample(5), sample(2), sample(0)])
-    assert batch["image_features"][:, :, 0].tolist() == [[4, 3, 2], [0, 1, 0], [0, 0, 0]]
-    assert batch["image_mask"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
-    assert batch["input_ids"][0].tolist() == [2, *load_tokenizer().encode("a red cube", add_special_tokens=False)][:4]
+    assert batch["image_features"][:, :, 0].tolist() == [[0, 1, 2], [0, 1, 0], [0, 0, 0]]
+    assert batch["image_mask"].tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
+    assert batch["input_ids"][0].tolist() == [2, *tokenizer.encode("a red cube", add_special_tokens=False)][:4]
     assert batch["labels"][0, 0] == -100
-    with pytest.raises(ValueError, match="sample 'b': expected features of regions, .* got none"):
+    with pytest.raises(ValueError, match="features: expected 'boxes' and 'features' of sample 'b'"):
         collator([Sample(None, "a red cube", "b", None)])
+    with pytest.raises(ValueError, match="sample 'b': expected an image, or the image tower's features, got none"):
+        CaptionCollator(tokenizer, begin=2, stop=1, kind="prompt")([Sample(None, "", "b", None)])
+
+
+def test_an_image_without_regions_is_no_nan() -> None:
+    """Also in training and with gradients; the other images of the batch are what they are without it."""
+    model = make(VisualGPTModel, region_dim=20)
+    given = regions()
+    states = model(**captions(), **given).hidden_states[0]
+    given["image_mask"][1] = 0
+    output = model.train()(**captions(), **given)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    with torch.no_grad():
+        found = model.eval()(**captions(), **given).hidden_states[0]
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[[0, 2]], states[[0, 2]])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"self_critical": True}, "--self-critical needs --pretrained"),
-        ({"region_width": 8, "patch_size": 4}, "--patch-size 4 has no effect beside --region-width 8"),
+        ({"region_dim": 8, "patch_size": 4}, "--patch-size 4 has no effect beside --region-dim 8"),
         ({"language_model": "x", "text_layers": 2}, "--text-layers 2 has no effect beside --language-model x"),
         ({"pretrained": "x", "tau": 0.1}, "--tau 0.1 has no effect beside --pretrained"),
     ],
@@ -231,12 +251,12 @@ def test_flags_that_would_be_ignored_are_refused(options: dict[str, object], mes
 
 
 def test_wrong_configs_and_batches_name_what_is_wrong() -> None:
-    for name, value in {"tau": 0.5, "encoder_layers": 0, "encoder_dropout": -1, "region_width": 0}.items():
+    for name, value in {"tau": 0.5, "encoder_layers": 0, "encoder_dropout": -1, "region_dim": 0}.items():
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             VisualGPTConfig(**{name: value})
-    with pytest.raises(ValueError, match="text_config: expected a GPT-2, .* got 'llama'"):
+    with pytest.raises(ValueError, match=r"text_config: expected a GPT-2, .* got 'llama'"):
         VisualGPTConfig(text_config=llama())
-    model = make(VisualGPTModel, region_width=20)
+    model = make(VisualGPTModel, region_dim=20)
     with pytest.raises(ValueError, match="expected one of them, got neither"):
         model(**captions())
     with pytest.raises(ValueError, match="this model has no tower"):

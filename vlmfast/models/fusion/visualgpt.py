@@ -125,7 +125,8 @@ class VisualGPTModel(Captioner):
     def encode(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """The states of all layers, one beside the other, (B, R, levels * D)."""
         states = self.norm(self.dropout(F.gelu(self.project(features), approximate="tanh")))
-        padding = None if mask is None else mask == 0
+        # An image without regions attends to its padding, since a softmax over nothing is NaN; the decoder sees none.
+        padding = None if mask is None else (mask == 0) & (mask != 0).any(1, keepdim=True)
         levels = []
         for layer in self.encoder:
             states = layer(states, src_key_padding_mask=padding)
