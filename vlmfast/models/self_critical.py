@@ -47,7 +47,7 @@ class CiderReward:
     def __init__(self, documents: Iterable[Sequence[str]]) -> None:
         from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-        class Scorer(CiderScorer):  # type: ignore[misc]
+        class Scorer(CiderScorer):
             """Its compute_cider sets ref_len by the captions that it scores; here it is that of all documents."""
 
             ref_len = property(lambda self: self.log_documents, lambda self, value: None)

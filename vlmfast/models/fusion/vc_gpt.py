@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -133,7 +134,7 @@ class VCGPTModel(Captioner):
         return {"fusion": options.fusion, "fusion_layers": options.fusion_layers}
 
 
-class FusionDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class FusionDecoder(PreTrainedModel, GenerationMixin):
     """A language model and decoder layers on top of it that attend to an image.
 
     Args:
@@ -162,7 +163,7 @@ class FusionDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             check_language_model("text_config", self.language_model)
         head: Any = output_head(self.language_model)
         vocabulary, self.width = head.weight.shape
-        self.fusion = GPT2Model(
+        self.fusion: Any = GPT2Model(
             GPT2Config(
                 vocab_size=1,
                 n_positions=1,
@@ -187,7 +188,8 @@ class FusionDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     @torch.no_grad()
     def _begin_as_embedding(self) -> None:
-        head, embedding = output_head(self.language_model), self.language_model.get_input_embeddings()
+        head: Any = output_head(self.language_model)
+        embedding = self.language_model.get_input_embeddings()
         if head.weight is not embedding.weight and head.weight.shape == embedding.weight.shape:
             head.weight.copy_(embedding.weight)
 
@@ -239,7 +241,7 @@ class FusionDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 own = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
                 past_key_values = EncoderDecoderCache(own, EncoderDecoderCache(DynamicCache(), DynamicCache()))
             below, above = past_key_values.self_attention_cache, past_key_values.cross_attention_cache
-        base = self.language_model.base_model
+        base: Any = self.language_model.base_model
         takes = {} if position_ids is None or not _reads_positions(base) else {"position_ids": position_ids}
         text = base(
             input_ids=input_ids,
@@ -293,6 +295,4 @@ class NoPositions(nn.Module):
 
 
 def _reads_positions(base: nn.Module) -> bool:
-    from inspect import signature
-
     return "position_ids" in signature(base.forward).parameters

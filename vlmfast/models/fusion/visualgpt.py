@@ -154,7 +154,7 @@ class VisualGPT2(CrossGPT2):
         self.post_init()
 
 
-class VisualGPTBlock(GPT2Block):  # type: ignore[misc]
+class VisualGPTBlock(GPT2Block):
     """GPT-2's block with `crossattention` and `cross_gate` between self-attention and MLP.
 
     Args:
