@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from vlmfast.data import TokenMask, load_tokenizer, word_numbers
+from vlmfast.data import BlockMask, TokenMask, load_tokenizer, word_numbers
 from vlmfast.data.masking import NOT_MASKED
 
 TEXTS = ["embedding of embeddings", "bed"]
@@ -95,3 +95,50 @@ def test_a_slow_tokenizer_does_not_know_words():
 
     with pytest.raises(ValueError, match="encoding: expected one of a fast tokenizer"):
         word_numbers(Slow())
+
+
+def test_blocks_hide_beits_number_of_patches() -> None:
+    """75 of 196 where rectangles fit, never more; every patch is hidden about as often as its place allows."""
+    mask, total = BlockMask(14, 14), np.zeros((14, 14))
+    counts = []
+    for seed in range(400):
+        found = mask(np.random.default_rng(seed))
+        assert found.shape == (14, 14)
+        assert np.array_equal(found, mask(np.random.default_rng(seed)))
+        counts.append(int(found.sum()))
+        total += found
+    assert max(counts) == 75
+    assert np.mean(counts) > 72
+    middle, corner = total[4:10, 4:10].mean() / 400, total[[0, 0, -1, -1], [0, -1, 0, -1]].mean() / 400
+    assert 0.4 < middle < 0.65
+    assert 0.02 < corner < 0.3
+    # Blocks, not single patches: most hidden patches have a hidden neighbour on the right.
+    found = mask(np.random.default_rng(1))
+    assert (found[:, 1:] & found[:, :-1]).sum() > 0.6 * found[:, :-1].sum()
+
+
+def test_a_block_has_the_area_and_shape_that_it_may_have() -> None:
+    for seed in range(50):
+        rows, columns = np.nonzero(BlockMask(40, 40, count=100, least=100, aspect=1.0)(np.random.default_rng(seed)))
+        assert np.ptp(rows) == np.ptp(columns) == 9  # one square
+        assert len(rows) == 100
+
+
+@pytest.mark.parametrize(("rows", "columns", "count"), [(1, 1, 1), (2, 2, 2), (4, 4, 6), (8, 8, 24), (7, 28, 75)])
+def test_blocks_on_other_grids(rows: int, columns: int, count: int) -> None:
+    assert BlockMask(rows, columns).count == count
+    assert all(1 <= BlockMask(rows, columns)(np.random.default_rng(seed)).sum() <= count for seed in range(50))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 0}, "rows, columns: expected at least 1"),
+        ({"count": 17}, "count: expected 1 to 16 patches, got 17"),
+        ({"count": 4, "least": 5}, "least: expected 1 to count 4, got 5"),
+        ({"aspect": 0.0}, "aspect: expected a number above 0"),
+    ],
+)
+def test_wrong_blocks_are_named(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BlockMask(**{"rows": 4, "columns": 4, **options})

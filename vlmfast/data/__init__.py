@@ -6,7 +6,8 @@ Imports torch, numpy and PIL only; transformers is imported by `load_tokenizer`.
 from vlmfast.data.dataset import ImageTextDataset, Sample
 from vlmfast.data.eda import EDA, read_synonyms
 from vlmfast.data.feature_cache import FeatureCache, cache_features, open_features
-from vlmfast.data.masking import TokenMask, word_numbers
+from vlmfast.data.masking import BlockMask, TokenMask, word_numbers
+from vlmfast.data.mixture import ImagesAlone, Mixture, TextsAlone
 from vlmfast.data.record_boxes import RecordBoxes
 from vlmfast.data.sampler import EpochSampler
 from vlmfast.data.text import Collator, load_tokenizer, pad_features
@@ -15,12 +16,16 @@ from vlmfast.data.views import TwoViewCollator
 
 __all__ = [
     "EDA",
+    "BlockMask",
     "Collator",
     "EpochSampler",
     "FeatureCache",
     "ImageTextDataset",
+    "ImagesAlone",
+    "Mixture",
     "RecordBoxes",
     "Sample",
+    "TextsAlone",
     "TokenMask",
     "Transform",
     "TwoViewCollator",

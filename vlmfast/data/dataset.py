@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from vlmfast.data.files import FolderPairs, TablePairs
 from vlmfast.data.images import TooManyPixelsError, decode_image
+from vlmfast.data.lines import TextLines
 from vlmfast.data.records import Pairs, Text, has_field
 from vlmfast.data.shards import ShardPairs
 from vlmfast.data.transforms import Transform
@@ -80,7 +81,8 @@ class ImageTextDataset(Dataset[Sample | None]):
     Args:
         source: tar shards in webdataset's layout, as a path, a glob, a comma-separated list of those, or a sequence
             of those; or one .csv or .tsv file with columns path and caption; or one folder of images, each beside a
-            .txt or .json of the same stem. docs/data.md describes the layouts and the fields of a record.
+            .txt or .json of the same stem; or one .txt file of texts without images, one a line, for transform=None.
+            docs/data.md describes the layouts and the fields of a record.
         transform: see `Transform`; called with an upright RGB image. None reads no image.
         keywords: probability that some of a sample's keywords, drawn in random order and number, stand for its caption.
         seed: of the augmentation, at least 0.
@@ -113,6 +115,7 @@ class ImageTextDataset(Dataset[Sample | None]):
             raise ValueError(f"min_batch: expected at least 0, got {min_batch}")
         if not isinstance(requires, list | tuple) or not all(isinstance(name, str) for name in requires):
             raise TypeError(f"requires: expected a list or tuple of names of fields, got {requires!r}")
+        self.source = source
         self.transform = transform
         self.keywords = keywords
         self.seed = seed
@@ -308,6 +311,8 @@ def _open_source(source: Source, requires: Sequence[str]) -> Pairs:
             return FolderPairs(path)
         if path.lower().endswith((".csv", ".tsv")):
             return TablePairs(path, caption="caption" in requires)
+        if path.lower().endswith(".txt"):
+            return TextLines(path)
         parts = [path] if os.path.exists(path) else path.split(",")
     elif isinstance(source, Sequence) and all(isinstance(part, str | os.PathLike) for part in source):
         parts = [os.fspath(part) for part in source]

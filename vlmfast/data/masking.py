@@ -81,3 +81,58 @@ def word_numbers(encoding: Any) -> np.ndarray:
         for row in encoding.encodings
     ]
     return np.array(rows, dtype=np.int64)
+
+
+class BlockMask:
+    """BEiT's masking of patches: rectangles of random place, area and shape, until a number of patches is reached.
+
+    A rectangle has between `least` patches and as many as are still missing, and a height / width log-uniform in
+    [aspect, 1 / aspect]. One that would hide more patches than are missing, or no new one, is drawn again; after ten
+    such draws the mask is left as it is, so it has `count` patches or a few less.
+
+    Args:
+        rows, columns: of the grid of patches.
+        count: patches to hide; None: 75 of 196, as many of another grid, and at least 1.
+        least: patches of a rectangle at least; None: 16 of 196.
+        aspect: in (0, 1].
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    Source: Bao et al. 2022 (2106.08254), algorithm 1; the numbers are those of BEiT's and FLAVA's code.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, *, count: int | None = None, least: int | None = None, aspect: float = 0.3
+    ) -> None:
+        if rows < 1 or columns < 1:
+            raise ValueError(f"rows, columns: expected at least 1, got {(rows, columns)}")
+        patches = rows * columns
+        self.shape = (rows, columns)
+        self.count = max(1, round(patches * 75 / 196)) if count is None else count
+        self.least = min(self.count, max(1, round(patches * 16 / 196))) if least is None else least
+        self.aspect = aspect
+        if not 1 <= self.count <= patches:
+            raise ValueError(f"count: expected 1 to {patches} patches, got {count}")
+        if not 1 <= self.least <= self.count:
+            raise ValueError(f"least: expected 1 to count {self.count}, got {least}")
+        if not 0 < aspect <= 1:
+            raise ValueError(f"aspect: expected a number above 0 and at most 1, got {aspect}")
+
+    def __call__(self, generator: np.random.Generator) -> np.ndarray:
+        """bool (rows, columns), True where a patch is hidden."""
+        mask = np.zeros(self.shape, dtype=np.bool_)
+        failed = 0
+        while (missing := self.count - int(mask.sum())) and failed < 10:
+            area = generator.uniform(min(self.least, missing), missing)
+            widest = abs(float(np.log(self.aspect)))
+            shape = np.exp(generator.uniform(-widest, widest))
+            height, width = round(float(np.sqrt(area * shape))), round(float(np.sqrt(area / shape)))
+            failed += 1
+            if not (1 <= height <= self.shape[0] and 1 <= width <= self.shape[1]):
+                continue
+            top = int(generator.integers(self.shape[0] - height, endpoint=True))
+            left = int(generator.integers(self.shape[1] - width, endpoint=True))
+            block = mask[top : top + height, left : left + width]
+            if 0 < int((~block).sum()) <= missing:
+                block[:] = True
+                failed = 0
+        return mask

@@ -142,7 +142,7 @@ class PretrainingTrainer(Trainer):
         _check(model, args)
         super().__init__(model, args, *others, **kwargs)
         self.evaluator = evaluator
-        self.sampler: EpochSampler | None = None
+        self.sampler: Any = None
         self._last_log: tuple[int, float] | None = None
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
@@ -245,10 +245,13 @@ class PretrainingTrainer(Trainer):
         """All but gains, biases and scalars, which have fewer than two dimensions."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.sampler = EpochSampler(len(dataset), seed=seed)
+        if hasattr(dataset, "sampler"):
+            self.sampler = dataset.sampler(self.args.train_batch_size * self.args.world_size, seed)
+        else:
+            self.sampler = EpochSampler(len(dataset), seed=seed)
         return self.sampler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
