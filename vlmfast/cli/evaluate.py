@@ -117,6 +117,7 @@ def _class(name: str | None, checkpoint: str) -> tuple[Any, str | None]:
 
 def _model_options(model: Any, args: EvalArguments) -> Options:
     """The model's own options, as they are for evaluation."""
+    from vlmfast.models.contract import own_image_size
     from vlmfast.tasks.heads import TaskModel
 
     if isinstance(model, TaskModel):
@@ -130,8 +131,7 @@ def _model_options(model: Any, args: EvalArguments) -> Options:
         setattr(options, name, value)
     if "max_length" in names - given.keys():
         options.max_length = model.max_text_length  # type: ignore[attr-defined]
-    own = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
-    if "image_size" in names - given.keys() and own is None:
+    if "image_size" in names - given.keys() and own_image_size(model.config) is None:
         raise ValueError("--image-size is needed: the config of this checkpoint has no image_size")
     object.__setattr__(options, "typed", frozenset(given))
     return options

@@ -246,6 +246,8 @@ def _training_data(model: Any, tokenizer: Any, options: Any, data_args: DataArgu
         )
         dataset.transform = None
         args.distributed_state.wait_for_everyone()
+    if hasattr(model, "training_data"):
+        dataset = model.training_data(options, dataset)
     return dataset, model.collator(options, tokenizer, train=True)
 
 

@@ -25,6 +25,7 @@ MODELS = {
     "lxmert": "vlmfast.models.masked.lxmert:LXMERTModel",
     "simvlm": "vlmfast.models.prefix.simvlm:SimVLMModel",
     "virtex": "vlmfast.models.prefix.virtex:VirTexModel",
+    "flava": "vlmfast.models.masked.flava:FLAVAModel",
 }
 """By the model_type of their configs: "module:Class"."""
 

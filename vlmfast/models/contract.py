@@ -9,6 +9,8 @@ Methods that only some models have are not here. Whoever wants one asks whether 
     frozen_features(**batch)            what a frozen part makes of a batch, as keyword arguments of forward that stand
                                         for the inputs it has read; no gradient; --cache-features keeps them on disk
     frozen_fingerprint()                a hash of what decides `frozen_features`
+    training_data(options, dataset)     what to pretrain on, made of the ImageTextDataset of --data: with other data
+                                        beside it, or after a look at it; called once, before the first step
     parameter_groups(lr, weight_decay)  for the optimizer, where layers have learning rates of their own
     before_training(dataset, tokenizer, options)       a look at the training samples, once
     after_optimizer_step()              clamps
@@ -237,13 +239,12 @@ class Pretrainable:
         Raises:
             ValueError: --image-size is another than the tower's own.
         """
-        vision = getattr(self.config, "vision_config", self.config)
-        own = getattr(vision, "image_size", None)
+        own = own_image_size(self.config)
         if own is None:
             return int(options.image_size)
         if options.is_given("image_size") and options.image_size != own:
             raise ValueError(f"--image-size {options.image_size} has no effect: the image tower has its own, {own}")
-        return int(own)
+        return own
 
     def collator(self, options: Any, tokenizer: Any, *, train: bool) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """Samples to the keyword arguments of forward, and nothing else.
@@ -291,6 +292,13 @@ class Pretrainable:
         if not set(range(before, len(tokenizer))) <= new:
             raise ValueError(f"--tokenizer has {len(tokenizer)} tokens, more than the {before} of the text tower")
         self.resize_vocabulary(len(tokenizer))
+
+
+def own_image_size(config: Any) -> int | None:
+    """Side of the images that a config's image tower is made for, pixels; None where any will do."""
+    tower = getattr(config, "vision_config", None) or getattr(config, "image_config", None) or config
+    side: int | None = getattr(tower, "image_size", None)
+    return side
 
 
 def flag(name: str) -> str:
