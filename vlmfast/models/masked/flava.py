@@ -72,7 +72,7 @@ class FLAVAModel(Pretrainable, FLAVATowers):
         "ddp_find_unused_parameters": True,
     }
     special_tokens: ClassVar[dict[str, str]] = {"mask_token": "<|mask|>"}
-    tasks = ("retrieval", "zero_shot")
+    tasks = ("retrieval", "zero_shot", "vqa", "hateful")
     main_input_name = "pixel_values"
     accepts_loss_kwargs = False
 
