@@ -19,7 +19,15 @@ from vlmfast.models import model_class
 
 PAIRS = 40
 COLOURS = ("red", "green", "blue", "black", "yellow", "pink", "grey", "brown")
-TINY = {"image_size": 16, "patch_size": 8, "vision_width": 64, "vision_layers": 1, "text_width": 64, "text_layers": 1}
+TINY = {
+    "image_size": 16,
+    "patch_size": 8,
+    "vision_width": 64,
+    "vision_layers": 1,
+    "text_width": 64,
+    "text_layers": 1,
+    "region_layers": 1,
+}
 STEPS = 12
 
 

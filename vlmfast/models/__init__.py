@@ -20,13 +20,13 @@ MODELS = {
     "visualgpt": "vlmfast.models.fusion.visualgpt:VisualGPTModel",
     "vc_gpt": "vlmfast.models.fusion.vc_gpt:VCGPTModel",
     "visual_bert": "vlmfast.models.masked.visual_bert:VisualBERTModel",
-    "magic": "vlmfast.models.training_free.magic:MAGiCModel",
     "asif": "vlmfast.models.training_free.asif:ASIFModel",
     "bridgetower": "vlmfast.models.masked.bridgetower:BridgeTowerForPreTraining",
     "lxmert": "vlmfast.models.masked.lxmert:LXMERTModel",
     "simvlm": "vlmfast.models.prefix.simvlm:SimVLMModel",
     "virtex": "vlmfast.models.prefix.virtex:VirTexModel",
     "flava": "vlmfast.models.masked.flava:FLAVAModel",
+    "vilbert": "vlmfast.models.masked.vilbert:ViLBERTModel",
 }
 """By the model_type of their configs: "module:Class"."""
 
