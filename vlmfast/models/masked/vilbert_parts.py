@@ -118,10 +118,9 @@ class CoAttention(nn.Module):
 
     def __init__(self, config: ViLBERTConfig) -> None:
         super().__init__()
-        width = config.bi_hidden_size
-        for number, size in (("1", config.v_hidden_size), ("2", config.hidden_size)):
-            for name in ("query", "key", "value"):
-                setattr(self, name + number, nn.Linear(size, width))
+        image, text, width = config.v_hidden_size, config.hidden_size, config.bi_hidden_size
+        self.query1, self.key1, self.value1 = (nn.Linear(image, width) for _ in range(3))
+        self.query2, self.key2, self.value2 = (nn.Linear(text, width) for _ in range(3))
         self.heads = config.bi_num_attention_heads
         self.dropouts = config.v_attention_probs_dropout_prob, config.attention_probs_dropout_prob
 
