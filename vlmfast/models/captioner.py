@@ -94,6 +94,7 @@ class Captioner(Pretrainable, PreTrainedModel):
     tasks = ("captioning",)
     main_input_name = "input_ids"
     reads_features = True
+    supports_gradient_checkpointing = True
     freezes_vision: ClassVar[bool] = False
     """Whether a pretrained image tower is kept as it is."""
     accepts_loss_kwargs = True  # so that the Trainer says how many tokens are predicted
@@ -117,9 +118,11 @@ class Captioner(Pretrainable, PreTrainedModel):
             )
         else:
             width, self.vision = config.region_dim, None
+        self.feature_width = width
         self.add_parts(width)
         self.self_critical: SelfCritical | None = None
         self.post_init()
+        self._keys_to_ignore_on_save = set(self.all_tied_weights_keys)  # or the Trainer says that they are missing
         if language_model is not None:
             self.decoder.take(language_model)
         if image_tower is not None and self.vision is not None:
@@ -258,11 +261,14 @@ class Captioner(Pretrainable, PreTrainedModel):
     ) -> Tensor:
         """What the decoder's cross-attention reads of images, (B, R, ...)."""
         if (pixel_values is None) == (image_features is None):
-            raise ValueError("pixel_values or image_features: expected one of them, got " + (
-                "neither" if image_features is None else "both"))  # fmt: skip
+            got = "neither" if pixel_values is None else "both"
+            raise ValueError(f"pixel_values, image_features: expected one of them, got {got}")
         if pixel_values is not None:
             image_features = self.image_features(pixel_values)
         assert image_features is not None
+        if image_features.ndim != 3 or image_features.shape[2] != self.feature_width:
+            got = tuple(image_features.shape)
+            raise ValueError(f"image_features: expected (B, R, {self.feature_width}), got shape {got}")
         return self.encode(image_features.to(self.dtype), image_mask)
 
     @can_return_tuple

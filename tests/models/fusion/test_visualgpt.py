@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from captioners import CAPTIONS, captions, check_generation, gradients, make, pixels, regions
+from command_line import COLOURS, write_pairs
 from prefix_models import gpt2, llama, write_language_model, write_tower
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from vlmfast.data import Sample, load_tokenizer
+from vlmfast.cli import main
+from vlmfast.data import FeatureCache, ImageTextDataset, Sample, load_tokenizer
 from vlmfast.models.captioner_batches import CaptionCollator
 from vlmfast.models.fusion.visualgpt import VisualGPTConfig, VisualGPTModel, VisualGPTOptions
 
@@ -94,7 +98,7 @@ def test_states_loss_and_gradients_are_the_equations() -> None:
     loss.backward()
     torch.testing.assert_close(loss, (wanted / total).float().detach())
     ours = gradients(model)
-    assert ours.keys() == expected.keys()
+    assert ours.keys() == expected.keys() == dict(model.named_parameters()).keys()
     assert {"decoder.transformer.h.1.cross_gate.fc_alpha3.weight", "encoder.0.linear1.weight"} <= ours.keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, expected[name].float(), rtol=1e-3, atol=1e-5, msg=name)
@@ -161,6 +165,21 @@ def test_a_shut_gate_has_no_gradient_and_opens_again() -> None:
         optimizer.step()
         shut &= torch.stack([fc.bias.sigmoid() for fc in gate.children()]) <= 0.2
     assert not shut.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_activations_that_are_computed_again_change_nothing() -> None:
+    model = make(VisualGPTModel).train()
+    given = {**captions(), "pixel_values": pixels()}
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model(**given).loss.backward()
+        found.append(gradients(model))
+        model.gradient_checkpointing_enable()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.decoder.modules())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_generation_is_that_without_a_cache() -> None:
@@ -236,6 +255,38 @@ def test_an_image_without_regions_is_no_nan() -> None:
     torch.testing.assert_close(found[[0, 2]], states[[0, 2]])
 
 
+def test_captions_of_regions_from_the_command_line(tmp_path: Path) -> None:
+    """A detector's folder, whose features tell the colour; better than with the features of other images."""
+    pytest.importorskip("pycocoevalcap")
+    data = tmp_path / "pairs"
+    data.mkdir()
+    for path in write_pairs(data, 24).glob("*.txt"):
+        path.write_text(f"a {path.read_text().split()[0]} thing here")
+    dataset = ImageTextDataset(data, transform=None)
+    cache = FeatureCache(tmp_path / "regions", {"data": dataset.image_fingerprint(), "model": "by hand"}, len(dataset))
+    items: list[Any] = []
+    for index in range(len(dataset)):
+        count = 1 + index % 3
+        features = torch.zeros(count, 20)
+        features[0, COLOURS.index((dataset.metadata(index)[1] or "").split()[1])] = 3
+        boxes = torch.tensor([0.0, 0, 8, 8]).repeat(count, 1)
+        items.append({"features": features, "boxes": boxes, "image_size": torch.tensor([16, 16])})
+    cache.write(0, items)
+    out, scores = tmp_path / "out", tmp_path / "scores.json"
+    common = [f"--data={data}", f"--features={tmp_path / 'regions'}"]
+    assert main([
+        "train", "visualgpt", *common, f"--output-dir={out}", "--region-dim=20", "--text-width=64", "--text-layers=1",
+        "--max-steps=90", "--learning-rate=0.005", "--per-device-train-batch-size=8", "--save-strategy=no",
+        "--report-to=none", "--use-cpu", "--max-length=12", "--dataloader-num-workers=0", "--disable-tqdm=true",
+    ]) == 0  # fmt: skip
+    assert main([
+        "eval", f"--checkpoint={out}", *common, "--task=captioning", f"--output={scores}", "--device=cpu",
+        "--num-workers=0", "--beams=2", "--max-new-tokens=8",
+    ]) == 0  # fmt: skip
+    rows = json.loads(scores.read_text())["scores"]
+    assert rows["model"]["CIDEr"] > 1.5 * rows["blind"]["CIDEr"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -259,6 +310,8 @@ def test_wrong_configs_and_batches_name_what_is_wrong() -> None:
     model = make(VisualGPTModel, region_dim=20)
     with pytest.raises(ValueError, match="expected one of them, got neither"):
         model(**captions())
+    with pytest.raises(ValueError, match=r"image_features: expected \(B, R, 20\), got shape \(3, 4, 21\)"):
+        model(**captions(), **regions(21))
     with pytest.raises(ValueError, match="this model has no tower"):
         model(**captions(), pixel_values=pixels())
     with pytest.raises(ValueError, match="at most the language model's 48 positions"):
