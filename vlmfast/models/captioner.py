@@ -267,8 +267,8 @@ class Captioner(Pretrainable, PreTrainedModel):
             image_features = self.image_features(pixel_values)
         assert image_features is not None
         if image_features.ndim != 3 or image_features.shape[2] != self.feature_width:
-            got = tuple(image_features.shape)
-            raise ValueError(f"image_features: expected (B, R, {self.feature_width}), got shape {got}")
+            shape = tuple(image_features.shape)
+            raise ValueError(f"image_features: expected (B, R, {self.feature_width}), got shape {shape}")
         return self.encode(image_features.to(self.dtype), image_mask)
 
     @can_return_tuple
