@@ -21,6 +21,7 @@ MODELS = {
     "vc_gpt": "vlmfast.models.fusion.vc_gpt:VCGPTModel",
     "visual_bert": "vlmfast.models.masked.visual_bert:VisualBERTModel",
     "asif": "vlmfast.models.training_free.asif:ASIFModel",
+    "fiber": "vlmfast.models.fusion.fiber:FIBERModel",
     "bridgetower": "vlmfast.models.masked.bridgetower:BridgeTowerForPreTraining",
     "lxmert": "vlmfast.models.masked.lxmert:LXMERTModel",
     "simvlm": "vlmfast.models.prefix.simvlm:SimVLMModel",

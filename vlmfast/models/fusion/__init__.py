@@ -2,11 +2,12 @@
 
 from transformers import AutoConfig
 
+from vlmfast.models.fusion.fiber import FIBERConfig, FIBERModel
 from vlmfast.models.fusion.vc_gpt import VCGPTConfig, VCGPTModel
 from vlmfast.models.fusion.visualgpt import VisualGPTConfig, VisualGPTModel
 
 # Types that transformers does not know; it reads the tokenizers beside their checkpoints by them.
-for _config in (VCGPTConfig, VisualGPTConfig):
+for _config in (FIBERConfig, VCGPTConfig, VisualGPTConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
-__all__ = ["VCGPTConfig", "VCGPTModel", "VisualGPTConfig", "VisualGPTModel"]
+__all__ = ["FIBERConfig", "FIBERModel", "VCGPTConfig", "VCGPTModel", "VisualGPTConfig", "VisualGPTModel"]

@@ -56,13 +56,14 @@ from typing_extensions import Self
 from vlmfast.data import Collator
 from vlmfast.models.checkpoints import check_numbers
 from vlmfast.models.contract import JointFeatures, Pretrainable
-from vlmfast.models.gathered import Shards, mean_over_ranks
+from vlmfast.models.gathered import Shards
 from vlmfast.models.masked.bridgetower_config import BridgeTowerConfig, BridgeTowerOptions
 from vlmfast.models.masked.bridgetower_parts import Encoded, Trunk, clip_tower, roberta_tower
 from vlmfast.models.masked_pairs import MaskedPairCollator
+from vlmfast.models.masked_words import groups_of_two_rates, grow_bias, masked_word_loss
 from vlmfast.models.matching import caption_codes, draw_negatives, hard_pairs, matching_loss, unlike
 from vlmfast.models.towers import normalisation
-from vlmfast.ops import info_nce, linear_cross_entropy
+from vlmfast.ops import info_nce
 
 TEMPERATURES = (0.001, 0.5)
 
@@ -213,8 +214,7 @@ class BridgeTowerForPreTraining(Pretrainable, BridgeTowerPreTrainedModel):
         """Makes room for tokens at the end; what was there stays."""
         super().resize_vocabulary(size)
         if self.mlm_score is not None:
-            bias = self.mlm_score.bias
-            self.mlm_score.bias = nn.Parameter(F.pad(bias, (0, size - len(bias))))
+            grow_bias(self.mlm_score, size)
         for config in (self.config.text_config, self.bridgetower.text_model.config):
             config.vocab_size = size
 
@@ -296,12 +296,7 @@ class BridgeTowerForPreTraining(Pretrainable, BridgeTowerPreTrainedModel):
         self, image: Encoded, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
         states, _ = self.bridgetower.fuse(self.bridgetower.encode_text(input_ids, attention_mask), image, keep="text")
-        masked = labels != -100
-        count = mean_over_ranks(masked.sum().float())
-        head: Any = self.mlm_score
-        hidden, weight = head.transform(states[masked]), head.decoder.weight
-        total = linear_cross_entropy(hidden, weight, labels[masked], bias=head.bias, reduction="sum")
-        return total / torch.where(count == 0, 1, count)
+        return masked_word_loss(self.mlm_score, states, labels)
 
     def _contrast(
         self, image: Encoded, text: Encoded, shards: Shards, image_ids: Tensor | None
@@ -357,19 +352,14 @@ class BridgeTowerForPreTraining(Pretrainable, BridgeTowerPreTrainedModel):
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Cross-modal layers and heads at `lr_factor` times the rate; gains, biases and scalars do not decay."""
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                fast = "cross_modal" in name or name.startswith(("mlm_", "itm_", "image_", "text_"))
-                groups.setdefault((fast, parameter.dim() >= 2), []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr": lr * (self.config.lr_factor if fast else 1),
-                "weight_decay": weight_decay if decays else 0.0,
-            }
-            for (fast, decays), parameters in groups.items()
-        ]
+        heads = ("mlm_score", "itm_score", "image_projection", "text_projection")
+        return groups_of_two_rates(
+            self.named_parameters(),
+            lambda name: "cross_modal" in name or name.startswith(heads),
+            lr=lr,
+            factor=self.config.lr_factor,
+            weight_decay=weight_decay,
+        )
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:

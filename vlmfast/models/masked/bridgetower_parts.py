@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
+from vlmfast.models.bert_attention import heads_attention
 from vlmfast.models.checkpoints import find, load_auto
 from vlmfast.models.towers import load_tower
 from vlmfast.nn import transformers as stems
@@ -100,23 +101,14 @@ class Trunk(transformers.BridgeTowerModel):
         return embedding
 
 
-def attend(attention: nn.Module, states: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+def attend(attention: Any, states: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
     """BERT's attention of states (B, L, D) to memory (B, M, D) with its residual and norm.
-
-    A mask (B, 1, 1, M) is all that hides a key: transformers marks these modules as causal, which they are not.
 
     Args:
         attention: a BridgeTowerAttention.
+        mask (B, 1, 1, M): bool, True at tokens.
     """
-    own: Any = attention.self
-    heads = own.num_attention_heads
-    q, k, v = (
-        project(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for project, x in ((own.query, states), (own.key, memory), (own.value, memory))
-    )
-    dropout = own.dropout.p if own.training else 0.0
-    found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    output: Tensor = attention.output(found.transpose(1, 2).flatten(2), states)  # type: ignore[operator]
+    output: Tensor = attention.output(heads_attention(attention.self, states, memory, mask), states)
     return output
 
 
