@@ -150,8 +150,8 @@ class FIBERModel(Pretrainable, PreTrainedModel):
         self.cross_modal_image_pooler_itc = Pooler(width) if contrasts else None
         self.temperature = nn.Parameter(torch.tensor(float(config.temperature_init_value))) if contrasts else None
         self.queue = None
-        if contrasts and config.queue_size:
-            self.queue = PairQueue(config.queue_size, width, config.vision_config.image_size, config.max_length)
+        if contrasts and config.queued_pairs:
+            self.queue = PairQueue(config.queued_pairs, width, config.vision_config.image_size, config.queued_tokens)
             # Equal on every rank already; DDP would broadcast it in every step.
             self._ddp_params_and_buffers_to_ignore = [f"queue.{name}" for name, _ in self.queue.named_buffers()]
         # Who asks finds what the objective has.
@@ -161,7 +161,7 @@ class FIBERModel(Pretrainable, PreTrainedModel):
         if fused:
             self.match_scores, self.joint_features = self._match_scores, self._joint_features
         if objective == "captioning":
-            self.generate, self.prompt_collator = self._generate, self._prompt_collator  # type: ignore[method-assign]
+            self.generate, self.prompt_collator = self._generate, self._prompt_collator
         self.post_init()
 
     @classmethod
@@ -208,8 +208,8 @@ class FIBERModel(Pretrainable, PreTrainedModel):
         settings = {
             "hidden_size": text.config.hidden_size if text is not None else options.width,
             "num_fused_layers": options.fused_layers,
-            "queue_size": options.queue_size,
-            "max_length": options.max_length,
+            "queued_pairs": options.queued_pairs,
+            "queued_tokens": options.max_length,
             **overrides,
         }
         vision_config = small_swin(options) if vision is None else vision.config

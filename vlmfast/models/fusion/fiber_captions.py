@@ -48,7 +48,8 @@ def greedy(
     """
     lengths, rows = attention_mask.sum(1), torch.arange(len(input_ids), device=input_ids.device)
     ids = F.pad(input_ids, (0, count), value=pad)
-    going, new = torch.ones_like(lengths, dtype=torch.bool), []
+    going = torch.ones_like(lengths, dtype=torch.bool)
+    new: list[Tensor] = []
     while len(new) < count and bool(going.any()):
         longest = int(lengths.max())
         seen = (torch.arange(longest, device=ids.device) < lengths[:, None]).long()

@@ -24,8 +24,8 @@ class FIBERConfig(PreTrainedConfig):
         objective: "pretraining" is MLM + ITM + ITC, "matching" ITM + ITC, "contrast" ITC alone, without fusion, and
             "captioning" the encoder-decoder.
         hidden_size: H, of what heads read.
-        queue_size: pairs of earlier batches that ITC and ITM see besides; 0 for none.
-        max_length: tokens of a text that the queue keeps at most.
+        queued_pairs: pairs of earlier batches that ITC and ITM see besides; 0 for none.
+        queued_tokens: of a text, that the queue keeps at most.
         temperature_init_value: T.
         mask_probability: of a token, in MLM.
         lr_factor: by which the fusions and cross-modal layers learn faster than the towers.
@@ -49,8 +49,8 @@ class FIBERConfig(PreTrainedConfig):
         num_fused_layers: int = 6,
         objective: str = "pretraining",
         hidden_size: int = 768,
-        queue_size: int = 4096,
-        max_length: int = 50,
+        queued_pairs: int = 4096,
+        queued_tokens: int = 50,
         temperature_init_value: float = 0.07,
         mask_probability: float = 0.15,
         lr_factor: float = 5.0,
@@ -64,8 +64,8 @@ class FIBERConfig(PreTrainedConfig):
         self.num_fused_layers = num_fused_layers
         self.objective = objective
         self.hidden_size = hidden_size
-        self.queue_size = queue_size
-        self.max_length = max_length
+        self.queued_pairs = queued_pairs
+        self.queued_tokens = queued_tokens
         self.temperature_init_value = temperature_init_value
         self.mask_probability = mask_probability
         self.lr_factor = lr_factor
@@ -91,8 +91,8 @@ class FIBERConfig(PreTrainedConfig):
             raise ValueError(
                 f"vision_config: expected windows of at most the last stage's {side} tokens, got {vision.window_size}"
             )
-        if self.queue_size < 0:
-            raise ValueError(f"queue_size: expected at least 0, got {self.queue_size}")
+        if self.queued_pairs < 0:
+            raise ValueError(f"queued_pairs: expected at least 0, got {self.queued_pairs}")
         if not 0 <= self.mask_probability <= 1:
             raise ValueError(f"mask_probability: expected a probability, got {self.mask_probability}")
         if getattr(text, "is_decoder", False) or getattr(text, "add_cross_attention", False):
@@ -119,7 +119,7 @@ class FIBEROptions(ImageTextOptions):
     width: int = field(default=192, metadata={"help": "Width of RoBERTa, a multiple of 64."})
     layers: int = field(default=4, metadata={"help": "Layers of RoBERTa."})
     fused_layers: int = field(default=3, metadata={"help": "Layers of RoBERTa and blocks of Swin that are fused."})
-    queue_size: int = field(default=256, metadata={"help": "Pairs of earlier batches among which negatives are."})
+    queued_pairs: int = field(default=256, metadata={"help": "Pairs of earlier batches among which negatives are."})
 
     new_model: ClassVar[tuple[str, ...]] = (
         "vision_tower",
@@ -130,7 +130,7 @@ class FIBEROptions(ImageTextOptions):
         "width",
         "layers",
         "fused_layers",
-        "queue_size",
+        "queued_pairs",
     )
 
     def check(self) -> None:
