@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from processes import run_processes
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmfast.data import load_tokenizer
@@ -244,6 +245,7 @@ def test_an_empty_queue_is_no_negative_and_checkpoints_hold_a_full_one(tmp_path:
     model = filled(model, 2, 3)
     model.save_pretrained(tmp_path)
     again = load(FIBERModel, str(tmp_path))
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()  # which a Trainer looks for
     assert torch.equal(model(**batch()).loss, again(**batch()).loss)
     assert not torch.equal(model(**batch()).loss, without(**batch()).loss)
     filled(model, 4)
@@ -324,7 +326,8 @@ def test_captions_are_causal_and_written_greedily() -> None:
         model.config.text_config.eos_token_id = int(written[1, 1])
         ended = model.generate(**given, max_new_tokens=4)
         assert ended[1].tolist() == [*written[1, :2].tolist(), 1, 1][: ended.shape[1]]
-    assert not hasattr(model, "match_scores")
+    with pytest.raises(ValueError, match="objective captioning: has no matching; another --objective has"):
+        model.match_scores(**given)
     assert not hasattr(make(), "generate")
 
 
@@ -400,5 +403,5 @@ def test_wrong_settings_are_named() -> None:
         FIBERModel.build(FIBEROptions(swin_depths="two"), load_tokenizer())
     with pytest.raises(ValueError, match="mlm_labels: missing"):
         make()(**{**batch(), "mlm_labels": None})
-    with pytest.raises(ValueError, match="draws: missing; objective contrast fuses nothing"):
+    with pytest.raises(ValueError, match="objective contrast: has no fused states"):
         make(objective="contrast")(**batch(training=False))

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -106,7 +107,7 @@ class FIBERModel(Pretrainable, PreTrainedModel):
     main_input_name = "pixel_values"
     Options = FIBEROptions
     strategy, paper = "fusion", "Dou et al. 2022 (2206.07643)"
-    tasks = ("retrieval",)
+    tasks = ("retrieval", "vqa")
     training_defaults: ClassVar[dict[str, Any]] = {
         "learning_rate": 1e-4,
         "weight_decay": 0.01,
@@ -154,13 +155,7 @@ class FIBERModel(Pretrainable, PreTrainedModel):
             self.queue = PairQueue(config.queued_pairs, width, config.vision_config.image_size, config.queued_tokens)
             # Equal on every rank already; DDP would broadcast it in every step.
             self._ddp_params_and_buffers_to_ignore = [f"queue.{name}" for name, _ in self.queue.named_buffers()]
-        # Who asks finds what the objective has.
-        if contrasts:
-            self.get_image_features, self.get_text_features = self._image_features, self._text_features
-            self.metrics = self._metrics
-        if fused:
-            self.match_scores, self.joint_features = self._match_scores, self._joint_features
-        if objective == "captioning":
+        if objective == "captioning":  # so that who asks for them finds them in no other model
             self.generate, self.prompt_collator = self._generate, self._prompt_collator
         self.post_init()
 
@@ -220,6 +215,15 @@ class FIBERModel(Pretrainable, PreTrainedModel):
                 weights = tower.state_dict()
                 own.load_state_dict({name: weights[name] for name in own.state_dict()})
         return model.eval()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', the weights by the names that they have here.
+
+        By default it writes Swin's by older names, which a Trainer that resumes does not find.
+        """
+        if "save_original_format" in signature(PreTrainedModel.save_pretrained).parameters:
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(*args, **kwargs)
 
     def collator(self, options: Any, tokenizer: Any, *, train: bool) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """Image and caption; in training with masked tokens, and the numbers by which wrong pairs are drawn."""
@@ -293,8 +297,7 @@ class FIBERModel(Pretrainable, PreTrainedModel):
             return FIBEROutput(loss=loss, caption_loss=loss)
         image, text = towers.encode_image(pixel_values), towers.encode_text(input_ids, attention_mask)
         if draws is None:
-            if self.itm_score is None:
-                raise ValueError("draws: missing; objective contrast fuses nothing, see get_image_features")
+            self._need(self.itm_score, "fused states, which a batch without draws is for")
             states = self._fused(text, image)
             return FIBEROutput(text_states=states[0], image_states=states[1], pooled=self._pool(*states))
         losses = {}
@@ -352,6 +355,8 @@ class FIBERModel(Pretrainable, PreTrainedModel):
         image_ids: Tensor | None,
     ) -> dict[str, Tensor]:
         """The pairs of all processes as they came, by the names that the queue has for them."""
+        if self.queue is not None and pixel_values.dtype != torch.uint8:
+            raise TypeError(f"pixel_values: expected uint8, which the queue keeps, got {pixel_values.dtype}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if image_ids is None:
             # Numbers that no other pair has, also among those of earlier batches.
@@ -446,26 +451,34 @@ class FIBERModel(Pretrainable, PreTrainedModel):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return greedy(next_token, input_ids, mask, count, end=config.eos_token_id, pad=config.pad_token_id)
 
-    # What tasks ask for, where the objective has it
+    # What tasks ask for; ValueError where the objective has no part for it
 
-    def _image_features(self, pixel_values: Tensor) -> Tensor:
-        """Unit-norm (B, H), float32; `get_image_features`."""
+    def _need(self, part: nn.Module | None, what: str) -> None:
+        if part is None:
+            raise ValueError(f"objective {self.config.objective}: has no {what}; another --objective has")
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Unit-norm (B, H), float32, of the image tower alone."""
+        self._need(self.cross_modal_image_pooler_itc, "features to compare")
         return self._image_feature(self.towers.alone(image=self.towers.encode_image(pixel_values)))
 
-    def _text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Unit-norm (B, H), float32; `get_text_features`."""
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Unit-norm (B, H), float32, of the text tower alone."""
+        self._need(self.cross_modal_text_pooler_itc, "features to compare")
         return self._text_feature(self.towers.alone(text=self.towers.encode_text(input_ids, attention_mask)))
 
-    def _match_scores(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B,) log-probability of ITM's head that image and text belong together; `match_scores`."""
+    def match_scores(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B,) log-probability of ITM's head that image and text belong together."""
+        self._need(self.itm_score, "matching")
         pooled = self(pixel_values, input_ids, attention_mask).pooled
         found: Tensor = self.itm_score(pooled).float().log_softmax(1)[:, 1]  # type: ignore[misc]
         return found
 
-    def _joint_features(
+    def joint_features(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> JointFeatures:
-        """Pooled (B, 2 H), and the fused states of texts and images; `joint_features`."""
+        """Pooled (B, 2 H), and the fused states of texts and images."""
+        self._need(self.itm_score, "fused features")
         out = self(pixel_values, input_ids, attention_mask)
         return JointFeatures(out.pooled, out.text_states, out.image_states, attention_mask)
 
@@ -486,9 +499,9 @@ class FIBERModel(Pretrainable, PreTrainedModel):
         if self.temperature is not None:
             self.temperature.clamp_(*TEMPERATURES)
 
-    def _metrics(self) -> dict[str, float]:
-        """The temperature, and the mean size of the gates of either side."""
-        found = {"temperature": self.temperature.item()}  # type: ignore[union-attr]
+    def metrics(self) -> dict[str, float]:
+        """The temperature, where there is one, and the mean size of the gates of either side."""
+        found = {} if self.temperature is None else {"temperature": self.temperature.item()}
         for name, side in (("t2i", self.towers.t2i), ("i2t", self.towers.i2t)):
             if side is not None:
                 gates = [getattr(fusion, f"alpha_{name}").detach().abs() for fusion in side]

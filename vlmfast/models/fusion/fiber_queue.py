@@ -46,12 +46,9 @@ class PairQueue(nn.Module):
         """Takes in N pairs, all buffers by name; of more than `size` the last.
 
         Raises:
-            TypeError: the pixels are not uint8.
             ValueError: images are of another size, or texts longer than `max_length`.
         """
         pixels, ids = rows["pixel_values"], rows["input_ids"]
-        if pixels.dtype != torch.uint8:
-            raise TypeError(f"pixel_values: expected uint8, which the queue keeps, got {pixels.dtype}")
         if pixels.shape[1:] != self.pixel_values.shape[1:] or ids.shape[1] > self.input_ids.shape[1]:
             raise ValueError(
                 f"pixel_values: expected images {tuple(self.pixel_values.shape[1:])} and texts of at most "

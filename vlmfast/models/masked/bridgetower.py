@@ -101,7 +101,7 @@ class BridgeTowerForPreTraining(Pretrainable, BridgeTowerPreTrainedModel):
     main_input_name = "pixel_values"
     Options = BridgeTowerOptions
     strategy, paper = "masked", "Xu et al. 2022 (2206.08657)"
-    tasks = ("retrieval", "zero_shot")
+    tasks = ("retrieval", "zero_shot", "vqa", "hateful")
     training_defaults: ClassVar[dict[str, Any]] = {
         "learning_rate": 1e-4,
         "weight_decay": 0.01,
