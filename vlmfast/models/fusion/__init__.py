@@ -2,7 +2,8 @@
 
 from transformers import AutoConfig
 
-from vlmfast.models.fusion.fiber import FIBERConfig, FIBERModel
+from vlmfast.models.fusion.fiber import FIBERModel
+from vlmfast.models.fusion.fiber_config import FIBERConfig
 from vlmfast.models.fusion.vc_gpt import VCGPTConfig, VCGPTModel
 from vlmfast.models.fusion.visualgpt import VisualGPTConfig, VisualGPTModel
 
