@@ -1,4 +1,4 @@
-"""The command line: vlmfast train, eval, bench and doctor."""
+"""The command line: vlmfast train, eval, regions and the others."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vlmfast.cli.arguments import UsageError
 COMMANDS = {
     "train": ("vlmfast.cli.train", "Train a model."),
     "eval": ("vlmfast.cli.evaluate", "Scores of a checkpoint on a task: retrieval, captioning, ..."),
+    "regions": ("vlmfast.cli.regions", "What a detector finds in every image, kept in a folder for other models."),
     "anchors": (
         "vlmfast.cli.anchors",
         "Anchor pairs of a model that compares without training: made, changed, explained.",
@@ -30,6 +31,8 @@ FINDINGS = ("bench", "doctor")
 """Commands whose exit code 1 is a finding; their errors are 2."""
 EXTRAS = {"bench": "bench", "eval": "eval"}
 """The extra that a command's optional packages are of, where it is not `train`."""
+PACKAGES = {"torchvision": "detection"}
+"""The same of a package, whatever the command."""
 
 
 END_SECONDS = 60
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("vlmfast"):
             raise
-        extra = EXTRAS.get(command, "train")
+        extra = PACKAGES.get(error.name or "", EXTRAS.get(command, "train"))
         print(f"vlmfast {command}: {error.name} is not installed; pip install 'vlmfast[{extra}]'", file=sys.stderr)
     except UsageError as error:
         print(f"vlmfast {command}: {error}", file=sys.stderr)

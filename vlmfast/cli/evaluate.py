@@ -85,7 +85,7 @@ def run(arguments: Sequence[str]) -> int:
     scores = task(*chosen).evaluate(
         model,
         args.data,
-        find_tokenizer(args.tokenizer or args.checkpoint),
+        find_tokenizer(args.tokenizer or args.checkpoint) if getattr(cls, "reads_text", True) else None,
         _model_options(model, args),
         features=args.features,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),

@@ -197,9 +197,13 @@ def _model_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _tokenizer(cls: Any, options: Any, data_args: DataArguments) -> Any:
-    """The tokenizer, with the special tokens that the model needs."""
+    """The tokenizer, with the special tokens that the model needs; None for a model that reads no text."""
     from vlmfast.models.checkpoints import find_tokenizer
 
+    if not cls.reads_text:
+        if data_args.tokenizer:
+            raise ValueError(f"--tokenizer {data_args.tokenizer} has no effect: {cls.__name__} reads no text")
+        return None
     source = options.tokenizer_source()
     tokenizer = find_tokenizer(data_args.tokenizer or source)
     missing = {name: token for name, token in cls.special_tokens.items() if getattr(tokenizer, name) is None}

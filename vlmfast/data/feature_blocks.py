@@ -65,6 +65,10 @@ class Block:
             raise ValueError(f"features: expected {name!r} of one shape in every sample")
         return self._rows[name], np.flatnonzero(self._places >= 0)
 
+    def absent(self) -> list[int]:
+        """The rows that have no item."""
+        return [int(row) for row in np.flatnonzero(self._places < 0)]
+
     def _read(self, name: str, place: int) -> Tensor:
         rows, ends = self._rows[name], self._ends.get(name)
         found = rows[place] if ends is None else rows[ends[place] : ends[place + 1]]

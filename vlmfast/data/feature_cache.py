@@ -33,7 +33,7 @@ class FeatureCache(Sequence[Item]):
     An item is a tensor or a dict of tensors, which may have another number of rows in each sample. A dict keeps its
     dtypes, bfloat16 becoming float32; a tensor alone is float32.
 
-    Items are in files of BLOCK_ROWS, each written under another name, synchronised and renamed: a block is there
+    Items are in files of `block_rows`, each written under another name, synchronised and renamed: a block is there
     completely or not at all, and a run that was killed goes on with the next one. Reading maps the files into memory.
     `identity.json` says what the features are of; a folder with another identity is refused, never reused or
     overwritten.
@@ -42,16 +42,23 @@ class FeatureCache(Sequence[Item]):
         folder: made when missing.
         identity: named strings that decide the features: of the model, the data, the transform.
         num_pairs: N.
+        block_rows: items of a file, which are in memory together when it is written; None is BLOCK_ROWS.
     Raises:
         ValueError: the folder holds features of another identity, or files that are no cache.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, str], num_pairs: int) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        identity: dict[str, str],
+        num_pairs: int,
+        block_rows: int | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.num_pairs = num_pairs
-        self.block_rows = BLOCK_ROWS
+        self.block_rows = BLOCK_ROWS if block_rows is None else block_rows
         self._open: dict[int, Block] = {}
-        self._claim({**identity, "pairs": str(num_pairs), "rows per file": str(BLOCK_ROWS)})
+        self._claim({**identity, "pairs": str(num_pairs), "rows per file": str(self.block_rows)})
 
     def __len__(self) -> int:
         return self.num_pairs
@@ -61,6 +68,11 @@ class FeatureCache(Sequence[Item]):
             raise IndexError(f"index: expected 0 to {self.num_pairs - 1}, got {index}")
         block, row = divmod(index, self.block_rows)
         return self.block(block)[row]
+
+    def unreadable(self) -> list[int]:
+        """Indices of the samples without features, whose image could not be read; every file is opened."""
+        blocks = range(-(-self.num_pairs // self.block_rows))
+        return [block * self.block_rows + row for block in blocks for row in self.block(block).absent()]
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Numbers of the blocks of a process that are not there or are damaged.
@@ -93,9 +105,8 @@ class FeatureCache(Sequence[Item]):
         identity = _identity(path)
         if not identity.get("pairs", "").isdigit():
             raise ValueError(f"{path} is damaged (no number of pairs); delete {folder} to have it made again")
-        cache = cls(
-            folder, {k: v for k, v in identity.items() if k not in ("pairs", "rows per file")}, int(identity["pairs"])
-        )
+        pairs = int(identity.pop("pairs"))
+        cache = cls(folder, identity, pairs, _take_rows(identity))
         cache._check_complete()
         return cache
 
@@ -181,9 +192,8 @@ def open_features(
         raise ValueError(f"{folder} is no feature cache: it holds no {IDENTITY}")
     before = _identity(path)
     identity = {**before, "data": dataset.image_fingerprint()}
-    for name in ("pairs", "rows per file"):
-        identity.pop(name, None)
-    cache = FeatureCache(folder, identity, len(dataset))
+    identity.pop("pairs", None)
+    cache = FeatureCache(folder, identity, len(dataset), _take_rows(identity))
     cache._check_complete()
     for damage in cache._faults(rank, world_size).values():
         raise ValueError(damage)
@@ -198,6 +208,7 @@ def cache_features(
     *,
     batch_size: int = 256,
     num_workers: int = 0,
+    block_rows: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -216,6 +227,7 @@ def cache_features(
         model: a fingerprint of what `encode` computes.
         batch_size: images per call.
         num_workers: processes that read and decode; 0 reads in this one.
+        block_rows: samples of a file, as of `FeatureCache`; fewer where features are large.
         rank, world_size: this process and how many there are.
         progress: called with the numbers of blocks done and to do by this process.
         whole_samples: `encode` is given a list of `Sample`, and what it gives depends on their captions too.
@@ -225,7 +237,7 @@ def cache_features(
     """
     data = dataset.fingerprint() if whole_samples else dataset.image_fingerprint()
     identity = {"model": model, "data": data, "transform": repr(dataset.transform)}
-    cache = FeatureCache(folder, identity, len(dataset))
+    cache = FeatureCache(folder, identity, len(dataset), block_rows)
     faults = cache._faults(rank, world_size)
     for damage in filter(None, faults.values()):
         warnings.warn(f"{damage}; it is made again", stacklevel=2)
@@ -302,6 +314,12 @@ class _NoRandomness:
 def _readable(items: list[tuple[int, Any]]) -> tuple[list[int], list[Any]]:
     kept = [(index, read) for index, read in items if read is not None]
     return [index for index, _ in kept], [read for _, read in kept]
+
+
+def _take_rows(identity: dict[str, str]) -> int | None:
+    """Takes the samples of a file out of an identity; None where it states none."""
+    rows = str(identity.pop("rows per file", ""))
+    return int(rows) if rows.isdecimal() and int(rows) else None
 
 
 def _identity(path: Path) -> dict[str, str]:

@@ -28,6 +28,7 @@ MODELS = {
     "virtex": "vlmfast.models.prefix.virtex:VirTexModel",
     "flava": "vlmfast.models.masked.flava:FLAVAModel",
     "vilbert": "vlmfast.models.masked.vilbert:ViLBERTModel",
+    "faster_rcnn": "vlmfast.models.detection.faster_rcnn:FasterRCNNModel",
 }
 """By the model_type of their configs: "module:Class"."""
 

@@ -15,6 +15,8 @@ Methods that only some models have are not here. Whoever wants one asks whether 
     before_training(dataset, tokenizer, options)       a look at the training samples, once
     after_optimizer_step()              clamps
     metrics()                           name -> float, logged beside the loss: temperature, gates
+    regions(images, least=, most=, threshold=)    of whole images by name what `vlmfast regions` keeps of each: "boxes",
+                                        "features" and more; with frozen_fingerprint()
 
 and what tasks ask for, on batches that `collator(..., train=False)` makes; a task that has a question or a caption of
 its own puts it into `Sample.caption` first, and in training says in `Sample.prompt` how much of it is given:
@@ -37,7 +39,8 @@ its own puts it into `Sample.caption` first, and in training says in `Sample.pro
                                         nearest box, and its loss is that of the scores
     detect(pixel_values, phrases=None)  of each image "boxes" (N, 4) in pixels of what is given, "scores", "labels":
                                         places in the image's list `phrases` where `open_vocabulary` is True, else
-                                        those of config.id2label
+                                        those of config.id2label; with `image_sizes` too where the batch has it, int64
+                                        (B, 2), the widths and heights of images that are padded
 """
 
 from __future__ import annotations
@@ -176,6 +179,8 @@ class Pretrainable:
     """Fields of a sample's record without which it cannot be trained on."""
     reads_features: ClassVar[bool] = False
     """Whether the collator reads `Sample.features`, such as a detector's regions; for --features."""
+    reads_text: ClassVar[bool] = True
+    """Whether the model has a tokenizer; without one, it is None wherever a tokenizer is asked for."""
 
     # What transformers' classes have, for type checkers.
     config: Any

@@ -99,14 +99,20 @@ class Detection(Task):
         with evaluating(run.model):
             for batch, indices, _ in run.batches(run.dataset, collator, "detect"):
                 pixels = batch["pixel_values"]
-                seen = (pixels.shape[2], pixels.shape[1])
-                several = run.model.detect(pixels, [names] * len(indices)) if asked else run.model.detect(pixels)
-                for index, one in zip(indices, several, strict=True):
+                more = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
+                several = run.model.detect(pixels, [names] * len(indices) if asked else None, **more)
+                for place, (index, one) in enumerate(zip(indices, several, strict=True)):
                     labels = one["labels"].tolist()
                     places = labels if asked else [by_name.get(own.get(label, ""), -1) for label in labels]
-                    kept = torch.tensor([place >= 0 for place in places], dtype=torch.bool)
+                    kept = torch.tensor([label >= 0 for label in places], dtype=torch.bool)
+                    boxes = one["boxes"].cpu()[kept]
+                    if more:  # nothing was cut away
+                        w, h = more["image_sizes"][place].tolist()
+                        boxes = stretched(boxes, (w, h), sizes[index])
+                    else:
+                        boxes = from_model(boxes, (pixels.shape[2], pixels.shape[1]), sizes[index])
                     found[index] = {
-                        "boxes": from_model(one["boxes"].cpu()[kept], seen, sizes[index]).float(),
+                        "boxes": boxes.float(),
                         "scores": one["scores"].float().cpu()[kept],
                         "labels": torch.tensor(places, dtype=torch.int64)[kept],
                     }
