@@ -417,3 +417,15 @@ def test_a_long_row_does_not_cost_the_others_memory(tmp_path):
     tracemalloc.stop()
     assert item.tolist() == [1, 1]
     assert peak < 1 << 20
+
+
+def test_a_file_may_hold_fewer_samples_and_what_could_not_be_read_is_told(path, tmp_path):
+    dataset = open_dataset(path)
+    cache = cache_features(tmp_path / "c", dataset, Encoder(), "m", block_rows=3)
+    assert len(list((tmp_path / "c").glob("*.npy"))) == 4
+    assert cache.unreadable() == [3]
+    opened = open_features(tmp_path / "c", dataset)
+    assert opened.block_rows == 3
+    assert torch.equal(opened[9], cache[9])
+    with pytest.raises(ValueError, match="rows per file was '3' and is '4'"):
+        cache_features(tmp_path / "c", dataset, Encoder(), "m")

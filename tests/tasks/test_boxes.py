@@ -131,6 +131,30 @@ def test_regions_come_from_features_and_move_with_the_image(source: str, tmp_pat
     assert scores.rows["chance"]["accuracy"] == pytest.approx(1 / 6)
 
 
+class PaddedFinder(Finder):
+    """Sees whole images, 8 pixels high, in the corner of what it is given: its boxes are in pixels of that corner."""
+
+    def collator(self, options: Any, tokenizer: Any, *, train: bool) -> Any:
+        collate = super().collator(options, tokenizer, train=train)
+
+        def padded(samples: Any) -> dict[str, torch.Tensor]:
+            batch = collate(samples)
+            pixels = batch["pixel_values"]
+            batch["pixel_values"] = torch.nn.functional.pad(pixels, (0, 0, 0, 7, 0, 3))
+            return batch | {"image_sizes": torch.tensor([[8, 8]] * len(pixels))}
+
+        return padded
+
+    def detect(self, image: Any, phrases: Any = None, image_sizes: Any = None) -> list[dict[str, torch.Tensor]]:
+        assert image_sizes is not None
+        return super().detect(image[:, :8, :8], phrases)
+
+
+def test_boxes_of_padded_images(source: str) -> None:
+    right = Detection().evaluate(PaddedFinder(), source, word_tokenizer(), None, batch_size=3)
+    assert right.rows["model"] == pytest.approx({"mAP": 1, "mAP50": 1}, abs=1e-6)
+
+
 def test_detection(source: str, tmp_path: Path) -> None:
     train = write(tmp_path / "train.tar", ("red", "blue"), ("green", "cyan"))
     task = Detection(DetectionOptions(train_data=train))
