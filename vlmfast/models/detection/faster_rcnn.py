@@ -50,9 +50,9 @@ from typing_extensions import Self
 
 from vlmfast.data import Transform
 from vlmfast.models.contract import Pretrainable, fingerprint
-from vlmfast.models.detection import regions
 from vlmfast.models.detection.batches import DetectionCollator, Group, Sizes, WholeImage, groups, named_objects, pad
 from vlmfast.models.detection.config import LONGER, FasterRCNNConfig, FasterRCNNOptions
+from vlmfast.models.detection.regions import Scored, Selection, as_batch, describe, detections, select
 
 ATTRIBUTE_WEIGHT = 0.5
 HEADS = ("class_score", "box_deltas", "class_embedding", "attribute_hidden", "attribute_score")
@@ -308,7 +308,7 @@ class FasterRCNNModel(Pretrainable, PreTrainedModel):
         if phrases is not None:
             raise ValueError(f"phrases: expected None, as the classes of this detector are fixed, got {phrases!r}")
         with self._evaluating():
-            return [regions.detections(scored) for scored in self._scored(pixel_values, image_sizes)]
+            return [detections(scored) for scored in self._scored(pixel_values, image_sizes)]
 
     @torch.no_grad()
     def regions(
@@ -325,22 +325,22 @@ class FasterRCNNModel(Pretrainable, PreTrainedModel):
             images: uint8 (H_i, W_i, 3) each, of any size, or (B, H, W, 3).
             least, most, threshold: how many, see `vlmfast.models.detection.regions.Selection`.
         """
-        selection = regions.Selection(least, most, threshold)
+        selection = Selection(least, most, threshold)
         sizes = Sizes(self.config.image_size, self.config.longer_size)
         pixel_values, image_sizes = pad([sizes.resize(image) for image in images])
         found = []
         with self._evaluating():
             several = self._scored(pixel_values.to(self.device), image_sizes)
             for image, seen, scored in zip(images, image_sizes.tolist(), several, strict=True):
-                places, labels = regions.select(scored, selection)
+                places, labels = select(scored, selection)
                 size = (image.shape[1], image.shape[0])
                 scale = [seen[0] / size[0], seen[1] / size[1]]
-                one = regions.describe(scored, places, labels, scale, size)
+                one = describe(scored, places, labels, scale, size)
                 if self.attribute_score is not None:
                     told = self._attributes(one["features"], labels).softmax(dim=1)[:, :-1]
                     one["attribute_scores"], one["attributes"] = told.max(dim=1)
                 found.append(one)
-        return regions.as_batch(found)
+        return as_batch(found)
 
     def frozen_fingerprint(self) -> str:
         """A hash of what decides `regions`."""
@@ -379,13 +379,13 @@ class FasterRCNNModel(Pretrainable, PreTrainedModel):
         logits: Tensor = self.attribute_score(F.relu(self.attribute_hidden(both))).float()
         return logits
 
-    def _scored(self, pixel_values: Tensor, image_sizes: Tensor | None) -> list[regions.Scored]:
+    def _scored(self, pixel_values: Tensor, image_sizes: Tensor | None) -> list[Scored]:
         """Of each image its proposals after the head."""
         from torchvision.ops import clip_boxes_to_image
 
         from vlmfast.models.detection.rois import CODER
 
-        found: dict[int, regions.Scored] = {}
+        found: dict[int, Scored] = {}
         for places, images, sizes in self._groups(pixel_values, image_sizes):
             maps = self.backbone(images)
             proposals, _ = self._propose(images, maps, sizes)
@@ -395,7 +395,7 @@ class FasterRCNNModel(Pretrainable, PreTrainedModel):
             boxes = CODER.decode_single(deltas.flatten(1), torch.cat(proposals)).view(deltas.shape)
             parts = (boxes.split(counts), logits.softmax(dim=1).split(counts), features.split(counts))
             for place, size, own, probabilities, each in zip(places, sizes, *parts, strict=True):
-                found[place] = regions.Scored(clip_boxes_to_image(own, size), probabilities, each)
+                found[place] = Scored(clip_boxes_to_image(own, size), probabilities, each)
         return [found[place] for place in range(len(pixel_values))]
 
     @contextmanager

@@ -10,7 +10,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import clip_boxes_to_image
 
 from vlmfast.models.contract import fingerprint
-from vlmfast.models.detection import regions
+from vlmfast.models.detection.regions import Scored, Selection, as_batch, describe, select
 
 
 class TorchvisionRegions(nn.Module):
@@ -47,14 +47,14 @@ class TorchvisionRegions(nn.Module):
         self, images: Tensor | Sequence[Tensor], *, least: int = 10, most: int = 100, threshold: float = 0.2
     ) -> dict[str, list[Tensor]]:
         """As `FasterRCNNModel.regions`, without attributes; one image at a time, as torchvision pads a batch."""
-        selection = regions.Selection(least, most, threshold)
-        return regions.as_batch([self._one(image, selection) for image in images])
+        selection = Selection(least, most, threshold)
+        return as_batch([self._one(image, selection) for image in images])
 
     def frozen_fingerprint(self) -> str:
         """A hash of what decides `regions`."""
         return fingerprint({"detector": str(self.detector)}, self.detector)
 
-    def _one(self, image: Tensor, selection: regions.Selection) -> dict[str, Tensor]:
+    def _one(self, image: Tensor, selection: Selection) -> dict[str, Tensor]:
         detector, heads = self.detector, self.detector.roi_heads
         device = next(detector.parameters()).device
         pixels = image.to(device).permute(2, 0, 1).float() / 255
@@ -66,11 +66,11 @@ class TorchvisionRegions(nn.Module):
         features = heads.box_head(heads.box_roi_pool(maps, proposals, batch.image_sizes))
         logits, deltas = heads.box_predictor(features)
         boxes = heads.box_coder.decode(deltas, proposals)  # (P, K + 1, 4)
-        scored = regions.Scored(
+        scored = Scored(
             clip_boxes_to_image(boxes[:, 1:], batch.image_sizes[0]),
             logits.softmax(dim=1).roll(-1, dims=1),
             features.flatten(1),
         )
-        places, labels = regions.select(scored, selection)
+        places, labels = select(scored, selection)
         size, seen = (image.shape[1], image.shape[0]), batch.image_sizes[0][::-1]
-        return regions.describe(scored, places, labels, [seen[0] / size[0], seen[1] / size[1]], size)
+        return describe(scored, places, labels, [seen[0] / size[0], seen[1] / size[1]], size)
