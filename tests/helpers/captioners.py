@@ -55,11 +55,19 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def check_generation(model: Any, **images: Tensor) -> None:
-    """With a cache as without; greedy as a whole new pass for every token; prompts padded as alone."""
+    """With a cache as without; greedy as a whole new pass for every token; prompts padded as alone; with a cache the
+    keys and values of images are computed once."""
     prompts = torch.tensor([[0, BEGIN, 5], [0, 0, BEGIN], [BEGIN, 9, 11]])
     mask = torch.tensor([[0, 1, 1], [0, 0, 1], [1, 1, 1]])
     given = {"input_ids": prompts, "attention_mask": mask, **images}
+    computed = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: computed.append(name))
+        for name, module in model.named_modules()
+        if name.endswith("crossattention.c_attn")
+    ]
     greedy = model.generate(**given, max_new_tokens=8)
+    assert len(computed) == len(set(computed)) == len(handles) > 0
     assert torch.equal(greedy, model.generate(**given, max_new_tokens=8, use_cache=False))
     beams = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6}
     found = model.generate(**given, **beams)
