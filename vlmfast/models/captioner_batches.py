@@ -79,11 +79,16 @@ class CaptionCollator:
         if self.regions is not None:
             found = self.regions(samples)
             return {"image_features": found["region_features"], "image_mask": found["region_mask"]}
-        cached = [(sample.features or {}).get("image_features") for sample in samples]
-        if cached[0] is not None:
-            return {"image_features": torch.stack([feature for feature in cached if feature is not None])}
-        if samples[0].image is None:
-            raise ValueError(f"sample {samples[0].key!r}: expected an image, or the image tower's features, got none")
+        first = samples[0]
+        if first.features is not None:
+            if "image_features" not in first.features:
+                raise ValueError(
+                    f"features: expected none of sample {first.key!r}, or those of the image tower, got "
+                    f"{list(first.features)}; --region-dim makes a model that reads regions"
+                )
+            return {"image_features": torch.stack([(sample.features or {})["image_features"] for sample in samples])}
+        if first.image is None:
+            raise ValueError(f"sample {first.key!r}: expected an image, or the image tower's features, got none")
         return {"pixel_values": torch.stack([sample.image for sample in samples if sample.image is not None])}
 
 

@@ -235,6 +235,10 @@ def test_regions_are_cut_and_padded() -> None:
     assert batch["labels"][0, 0] == -100
     with pytest.raises(ValueError, match="features: expected 'boxes' and 'features' of sample 'b'"):
         collator([Sample(None, "a red cube", "b", None)])
+    with pytest.raises(
+        ValueError, match=r"features: expected none of sample 'a', .* got \['features', 'boxes', 'image_size'\]"
+    ):
+        CaptionCollator(tokenizer, begin=2, stop=1, kind="prompt")([sample(2)])
     with pytest.raises(ValueError, match="sample 'b': expected an image, or the image tower's features, got none"):
         CaptionCollator(tokenizer, begin=2, stop=1, kind="prompt")([Sample(None, "", "b", None)])
 
