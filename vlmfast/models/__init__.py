@@ -20,6 +20,7 @@ MODELS = {
     "visualgpt": "vlmfast.models.fusion.visualgpt:VisualGPTModel",
     "vc_gpt": "vlmfast.models.fusion.vc_gpt:VCGPTModel",
     "visual_bert": "vlmfast.models.masked.visual_bert:VisualBERTModel",
+    "magic": "vlmfast.models.training_free.magic:MAGiCModel",
     "asif": "vlmfast.models.training_free.asif:ASIFModel",
     "fiber": "vlmfast.models.fusion.fiber:FIBERModel",
     "bridgetower": "vlmfast.models.masked.bridgetower:BridgeTowerForPreTraining",

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM
 from vlmfast.data import load_tokenizer
 from vlmfast.data.dataset import Sample
 from vlmfast.models.language_model import last_hidden_states, output_head
-from vlmfast.models.prefix.flamingo import END_TOKEN, IMAGE_TOKEN, FlamingoConfig, FlamingoModel, FlamingoOptions
-from vlmfast.models.prefix.flamingo_parts import chunk_labels, rows_of_media
+from vlmfast.models.prefix.flamingo import FlamingoModel
+from vlmfast.models.prefix.flamingo_batches import chunk_labels
+from vlmfast.models.prefix.flamingo_config import END_TOKEN, IMAGE_TOKEN, FlamingoConfig, FlamingoOptions
+from vlmfast.models.prefix.flamingo_parts import rows_of_media
 from vlmfast.nn.prefix import positions
 
 END, IMAGE = VOCAB, VOCAB + 1

@@ -3,7 +3,8 @@
 from transformers import AutoConfig
 
 from vlmfast.models.prefix.clipcap import ClipCapConfig, ClipCapModel
-from vlmfast.models.prefix.flamingo import FlamingoConfig, FlamingoModel
+from vlmfast.models.prefix.flamingo import FlamingoModel
+from vlmfast.models.prefix.flamingo_config import FlamingoConfig
 from vlmfast.models.prefix.frozen import FrozenConfig, FrozenModel
 from vlmfast.models.prefix.mapl import MAPLConfig, MAPLModel
 from vlmfast.models.prefix.simvlm import SimVLMConfig, SimVLMModel

@@ -40,7 +40,6 @@ From open_flamingo, whose checkpoints `load_open_flamingo` reads:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, ClassVar
 
@@ -53,127 +52,20 @@ from transformers.utils import can_return_tuple
 from typing_extensions import Self
 
 from vlmfast.models.language_model import last_hidden_states, output_head
+from vlmfast.models.prefix.flamingo_batches import DocumentCollator
+from vlmfast.models.prefix.flamingo_config import END_TOKEN, IMAGE_TOKEN, FlamingoConfig, FlamingoOptions
 from vlmfast.models.prefix.flamingo_parts import (
-    DocumentCollator,
     FlamingoParts,
     Reader,
     decoder_layers,
+    from_open_flamingo,
     losses_with_end,
     rows_of_media,
 )
-from vlmfast.models.prefix_config import PrefixConfig, PrefixOptions
 from vlmfast.models.prefix_model import PrefixModel, PrefixOutput
 from vlmfast.nn import GatedCrossAttentionBlock, PerceiverResampler
 from vlmfast.nn.prefix import IGNORED, compact, positions
 from vlmfast.ops import media_index
-
-IMAGE_TOKEN, END_TOKEN = "<image>", "<|endofchunk|>"
-
-
-class FlamingoConfig(PrefixConfig):
-    """PrefixConfig with the sizes of resampler and blocks.
-
-    Args:
-        prefix_length: tokens n that the resampler makes of an image.
-        resampler_layers: of the resampler.
-        cross_attention_every, cross_attention_offset: a block stands before layer i of the language model where
-            i % every == offset. None: every - 1, as in open_flamingo; Idefics has 0.
-        cross_attention_heads, cross_attention_head_size: of resampler and blocks.
-        max_frames: embeddings of a video's frames; None: none, as in open_flamingo.
-        media_token_id: the token in the place of an image.
-        stop_token_id: the token that ends a chunk.
-        Others as PrefixConfig.
-    Raises:
-        ValueError: a number is not positive, or the offset not within [0, every).
-    """
-
-    model_type = "flamingo"
-
-    def __init__(
-        self,
-        vision_config: Any = None,
-        text_config: Any = None,
-        *,
-        prefix_length: int = 64,
-        resampler_layers: int = 6,
-        cross_attention_every: int = 1,
-        cross_attention_offset: int | None = None,
-        cross_attention_heads: int = 8,
-        cross_attention_head_size: int = 64,
-        max_frames: int | None = None,
-        media_token_id: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.resampler_layers = resampler_layers
-        self.cross_attention_every = cross_attention_every
-        self.cross_attention_offset = cross_attention_offset
-        self.cross_attention_heads = cross_attention_heads
-        self.cross_attention_head_size = cross_attention_head_size
-        self.max_frames = max_frames
-        self.media_token_id = media_token_id
-        super().__init__(vision_config, text_config, prefix_length=prefix_length, **kwargs)
-        self.positive(
-            "resampler_layers",
-            "cross_attention_every",
-            "cross_attention_heads",
-            "cross_attention_head_size",
-            *(["max_frames"] if max_frames is not None else []),
-        )
-        if not 0 <= self.offset() < cross_attention_every:
-            raise ValueError(
-                f"cross_attention_offset: expected at least 0 and less than cross_attention_every "
-                f"{cross_attention_every}, got {cross_attention_offset}"
-            )
-        if not self.layers():
-            raise ValueError(
-                f"cross_attention_every: expected a block before one of the language model's "
-                f"{self.text_config.num_hidden_layers} layers, got {cross_attention_every} with offset {self.offset()}"
-            )
-
-    def offset(self) -> int:
-        """The first layer, from 0, that a block stands before."""
-        given = self.cross_attention_offset
-        return self.cross_attention_every - 1 if given is None else given
-
-    def layers(self) -> list[int]:
-        """The layers of the language model, from 0, that blocks stand before."""
-        return list(range(self.offset(), self.text_config.num_hidden_layers, self.cross_attention_every))
-
-
-@dataclass
-class FlamingoOptions(PrefixOptions):
-    """PrefixOptions with the sizes of resampler and blocks."""
-
-    prefix_length: int = field(default=32, metadata={"help": "Tokens that the resampler makes of an image."})
-    resampler_layers: int = field(default=2, metadata={"help": "Layers of the resampler."})
-    cross_attention_every: int = field(
-        default=1, metadata={"help": "A gated block stands before every such layer of the language model."}
-    )
-    cross_attention_first: int | None = field(
-        default=None,
-        metadata={
-            "help": "The first layer, from 1, with a block before it; by default that of --cross-attention-every."
-        },
-    )
-    p_next: float = field(
-        default=0.0,
-        metadata={"help": "Probability that the text of a document reads the image after it, not the one before."},
-    )
-    stop: str = field(default=END_TOKEN, metadata={"help": "What ends a chunk of text; no other is possible."})
-
-    new_model: ClassVar[tuple[str, ...]] = (
-        *PrefixOptions.new_model,
-        "resampler_layers",
-        "cross_attention_every",
-        "cross_attention_first",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.p_next <= 1:
-            raise ValueError(f"--p-next: expected a probability, got {self.p_next}")
-        if self.stop != END_TOKEN:
-            raise ValueError(f"--stop: expected {END_TOKEN}, got {self.stop!r}")
 
 
 class FlamingoModel(PrefixModel):
@@ -258,7 +150,7 @@ class FlamingoModel(PrefixModel):
         self._put_blocks()
 
     def _put_blocks(self) -> None:
-        """Before the layers of the language model, and what it does not know of the new tokens."""
+        """Before the layers of the language model."""
         layers = decoder_layers(self.language_model)
         for name, block in self.mapper.blocks.items():
             layers[int(name)].register_forward_pre_hook(self._reader.hook(int(name), block), with_kwargs=True)
@@ -274,42 +166,22 @@ class FlamingoModel(PrefixModel):
         found: Any = checkpoint
         if not isinstance(checkpoint, Mapping):
             found = torch.load(fspath(checkpoint), map_location="cpu", weights_only=True)
-        found = found.get("model_state_dict", found)
-        given = {name.removeprefix("module."): value for name, value in found.items()}
-        own = self.mapper.state_dict()
-        taken: dict[str, Tensor] = {}
-        for name, value in given.items():
-            if name.startswith("perceiver."):
-                taken[f"resampler.{name.removeprefix('perceiver.')}"] = value
-            elif ".gated_cross_attn_layers." in name:
-                taken[f"blocks.{name.partition('.gated_cross_attn_layers.')[2]}"] = value
-            elif ".gated_cross_attn_layer." in name:  # of a layer, as its released checkpoints have it
-                before, _, rest = name.partition(".gated_cross_attn_layer.")
-                taken[f"blocks.{before.rpartition('.')[2]}.{rest}"] = value
-        ids = [self.config.media_token_id, self.config.stop_token_id]
-        embeddings = {
-            f"lang_encoder.{name}": module
-            for name, module in self.language_model.named_modules()
-            if module in (self.get_input_embeddings(), output_head(self.language_model))
-        }
-        for name, module in embeddings.items():
-            rows = given.get(f"{name}.weight")
-            if rows is not None and module is self.get_input_embeddings():
-                taken["tokens"] = rows[ids]
-            elif rows is not None and self.mapper.end is not None:
-                taken["end"] = rows[ids[1]]
-        if "end" in own and "end" not in taken:
-            taken["end"] = own["end"]  # open_flamingo does not save it
-        wrong = sorted(own.keys() ^ taken.keys()) or [
-            f"{name} of shape {tuple(taken[name].shape)}, not {tuple(own[name].shape)}"
-            for name in own
-            if taken[name].shape != own[name].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"checkpoint: expected the weights of this model, wrong or missing: {', '.join(wrong[:4])}"
+        self.mapper.load_state_dict(
+            from_open_flamingo(
+                found.get("model_state_dict", found),
+                self.mapper,
+                media_id=self._new_ids()[0],
+                end_id=self._new_ids()[1],
+                names=[
+                    [
+                        f"lang_encoder.{name}.weight"
+                        for name, module in self.language_model.named_modules()
+                        if module is embedding
+                    ]
+                    for embedding in (self.get_input_embeddings(), output_head(self.language_model))
+                ],
             )
-        self.mapper.load_state_dict(taken)
+        )
 
     # What trainer and tasks call
 

@@ -79,6 +79,11 @@ class ASIFConfig(TwoTowerConfig):
         self.text_pooling = text_pooling
         self.anchors = anchors
         super().__init__(vision_config, text_config, projection_dim=projection_dim, **kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """ValueError where k or p is not positive, or text_pooling is another; `from_pretrained` sets fields behind
+        `__init__`."""
         if self.text_pooling not in ("first", "mean"):
             raise ValueError(f"text_pooling: expected 'first' or 'mean', got {self.text_pooling!r}")
         if self.k < 1 or not 0 < self.p < float("inf"):
@@ -125,6 +130,7 @@ class ASIFModel(TwoTowerModel):
 
     def __init__(self, config: ASIFConfig) -> None:
         super().__init__(config)
+        config.check()
         self.reads_class_token = read_class_token(self.vision_model)
         self._anchors: Anchors | None = None
         self.freeze()
