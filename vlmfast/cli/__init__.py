@@ -17,6 +17,7 @@ from vlmfast.cli.arguments import UsageError
 COMMANDS = {
     "train": ("vlmfast.cli.train", "Train a model."),
     "eval": ("vlmfast.cli.evaluate", "Scores of a checkpoint on a task: retrieval, captioning, ..."),
+    "predict": ("vlmfast.cli.predict", "What a checkpoint says of images: captions, answers, boxes, matches."),
     "regions": ("vlmfast.cli.regions", "What a detector finds in every image, kept in a folder for other models."),
     "anchors": (
         "vlmfast.cli.anchors",

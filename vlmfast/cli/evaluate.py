@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     # The task decides which flags there are, and the model which task it is.
     checkpoint = value_of("--checkpoint", arguments)
     name = value_of("--model", arguments)
-    cls, own_task = _class(name, checkpoint) if checkpoint else (None, next(iter(TASKS)))
+    cls, own_task = checkpoint_class(name, checkpoint) if checkpoint else (None, next(iter(TASKS)))
     task_name = value_of("--task", arguments) or own_task or default_task(cls)
     task = task_class(task_name)
     groups: dict[str, Any] = {"the run": (EvalArguments, {})}
@@ -86,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
         model,
         args.data,
         find_tokenizer(args.tokenizer or args.checkpoint) if getattr(cls, "reads_text", True) else None,
-        _model_options(model, args),
+        model_options(model, args.checkpoint, image_size=args.image_size, max_length=args.max_length),
         features=args.features,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         batch_size=args.batch_size,
@@ -103,7 +103,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _class(name: str | None, checkpoint: str) -> tuple[Any, str | None]:
+def checkpoint_class(name: str | None, checkpoint: str) -> tuple[Any, str | None]:
     """The class of a checkpoint, and the task that it was fine-tuned for, None where it was for none."""
     from vlmfast.models.checkpoints import find, read_config
     from vlmfast.tasks.heads import TaskConfig, TaskModel
@@ -115,23 +115,27 @@ def _class(name: str | None, checkpoint: str) -> tuple[Any, str | None]:
     return named or model_class(model_type(checkpoint, found)), None
 
 
-def _model_options(model: Any, args: EvalArguments) -> Options:
-    """The model's own options, as they are for evaluation."""
+def model_options(model: Any, checkpoint: str, **given: int | None) -> Options:
+    """The model's own options, as they are for evaluation.
+
+    Args:
+        given: `image_size` and `max_length`, None where they were not given.
+    """
     from vlmfast.models.contract import own_image_size
     from vlmfast.tasks.heads import TaskModel
 
     if isinstance(model, TaskModel):
         model = model.model
-    options: Options = model.Options(pretrained=args.checkpoint)
+    options: Options = model.Options(pretrained=checkpoint)
     names = {f.name for f in dataclasses.fields(options)}
-    given = {name: getattr(args, name) for name in ("image_size", "max_length") if getattr(args, name) is not None}
-    for name, value in given.items():
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name, value in chosen.items():
         if name not in names:
             raise ValueError(f"--{name.replace('_', '-')}: {type(model).__name__} has no such option")
         setattr(options, name, value)
-    if "max_length" in names - given.keys():
+    if "max_length" in names - chosen.keys():
         options.max_length = model.max_text_length  # type: ignore[attr-defined]
-    if "image_size" in names - given.keys() and own_image_size(model.config) is None:
+    if "image_size" in names - chosen.keys() and own_image_size(model.config) is None:
         raise ValueError("--image-size is needed: the config of this checkpoint has no image_size")
-    object.__setattr__(options, "typed", frozenset(given))
+    object.__setattr__(options, "typed", frozenset(chosen))
     return options
