@@ -303,10 +303,11 @@ def _read(images: Sequence[str], transform: Any) -> tuple[list[Any], list[tuple[
             csv.writer(file).writerows([["path", "caption"], *([str(Path(name).resolve()), ""] for name in images)])
         whole = ImageTextDataset(str(table), transform=lambda image, _: torch.from_numpy(np.array(image)), requires=())
         seen = ImageTextDataset(str(table), transform=transform, requires=())
-        pictures, samples = [], []
+        pictures: list[Tensor] = []
+        samples = []
         for number, name in enumerate(images):
             picture, sample = whole[number], seen[number]
-            if picture is None or sample is None:
+            if picture is None or picture.image is None or sample is None:
                 why = next((reason for reason, count in whole.skipped().items() if count), "cannot be read")
                 raise ValueError(f"{name}: {why}")
             pictures.append(picture.image)
