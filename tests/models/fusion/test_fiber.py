@@ -326,6 +326,18 @@ def test_captions_are_causal_and_written_greedily() -> None:
         model.config.text_config.eos_token_id = int(written[1, 1])
         ended = model.generate(**given, max_new_tokens=4)
         assert ended[1].tolist() == [*written[1, :2].tolist(), 1, 1][: ended.shape[1]]
+        # As many beams as words: the best of all pairs of words but a word twice.
+        one = {name: value[1:2, :3] if name != "pixel_values" else value[1:2] for name, value in given.items()}
+        words = torch.arange(60)
+        text = torch.cat([one["input_ids"].expand(60, -1), words[:, None]], 1)
+        first = logits(one["input_ids"], one["attention_mask"], pixels[1:2])[0, -1].log_softmax(0)
+        second = logits(text, torch.ones_like(text), pixels[1:2].expand(60, -1, -1, -1))[:, -1].log_softmax(1)
+        sums = first[:, None] + second.fill_diagonal_(-torch.inf)
+        end = model.config.text_config.eos_token_id
+        sums[end] = -torch.inf
+        sums[end, end] = first[end]
+        best = divmod(int(sums.argmax()), 60)
+        assert tuple(model.generate(**one, max_new_tokens=2, num_beams=60)[0].tolist()) == best
     with pytest.raises(ValueError, match="objective captioning: has no matching; another --objective has"):
         model.match_scores(**given)
     assert not hasattr(make(), "generate")

@@ -28,7 +28,7 @@ Departures from the released code:
 - A pair with the same caption, or of the same image (`image_id` in records), is never drawn as a negative.
 - With several processes negatives come from the global batch, and the queue is the same in each.
 - Norms that nothing reads (`crossattention_t2i.output.LayerNorm`) and alphas of layers without fusion are not there.
-- Captions are decoded greedily, all states anew for each token; GOLD and CIDEr as rewards are left out. RoBERTa's
+- Captions are decoded with all states anew for each token; GOLD and CIDEr as rewards are left out. RoBERTa's
   last layer has no last norm there, as in MLM, whose head writes the words: this the paper does not say.
 - Fusions have no dropout of their own.
 """
@@ -51,9 +51,10 @@ from transformers.utils import ModelOutput, can_return_tuple
 from typing_extensions import Self
 
 from vlmfast.data import Collator
+from vlmfast.models.beam_search import beam_search
 from vlmfast.models.checkpoints import check_numbers, find, load_auto
 from vlmfast.models.contract import JointFeatures, Pretrainable
-from vlmfast.models.fusion.fiber_captions import PromptCollator, greedy
+from vlmfast.models.fusion.fiber_captions import PromptCollator, continued, greedy
 from vlmfast.models.fusion.fiber_config import FIBERConfig, FIBEROptions, small_roberta, small_swin
 from vlmfast.models.fusion.fiber_parts import Backbone, Image, Text
 from vlmfast.models.fusion.fiber_queue import PairQueue
@@ -427,29 +428,42 @@ class FIBERModel(Pretrainable, PreTrainedModel):
 
     @torch.no_grad()
     def _generate(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 30
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 30,
+        num_beams: int = 1,
     ) -> Tensor:
         """Token ids (B, N) int64 of what follows, up to the token that ends a text; `generate`.
 
         Args:
             pixel_values, input_ids, attention_mask: as `forward`, of prompts padded on the right.
             max_new_tokens: at most; fewer where RoBERTa has no position left.
+            num_beams: 1 is greedy; more are those of `vlmfast.models.beam_search`.
         Raises:
-            ValueError: a prompt is longer than RoBERTa's positions.
+            ValueError: a prompt is longer than RoBERTa's positions; as `beam_search`.
         """
         config, most = self.config.text_config, self.max_text_length
         if input_ids.shape[1] > most:
             raise ValueError(f"input_ids: expected at most {most} tokens, got {input_ids.shape[1]}")
         memory = self._memory(pixel_values)
-
-        def next_token(ids: Tensor, mask: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-            states = self._decoded(memory, ids, mask)[rows, places]
-            tokens: Tensor = self.mlm_score(self.cross_modal_text_transform(states)).argmax(-1)  # type: ignore[misc]
-            return tokens
-
         count = min(max_new_tokens, most - input_ids.shape[1] + 1)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return greedy(next_token, input_ids, mask, count, end=config.eos_token_id, pad=config.pad_token_id)
+        lengths, end, pad = mask.sum(1), config.eos_token_id, config.pad_token_id
+
+        def step(tokens: Tensor, rows: Tensor) -> Tensor:
+            ids, seen, places = continued(input_ids[rows], lengths[rows], tokens, pad)
+            states = self._decoded(memory[rows], ids, seen)[torch.arange(len(rows), device=rows.device), places]
+            logits: Tensor = self.mlm_score(self.cross_modal_text_transform(states))  # type: ignore[misc]
+            return logits
+
+        if num_beams == 1:
+            return greedy(step, torch.arange(len(mask), device=mask.device), count, end=end, pad=pad)
+        return beam_search(
+            step, len(mask), beams=num_beams, per_node=num_beams, max_steps=count, end=end, device=mask.device
+        )[0]
 
     # What tasks ask for; ValueError where the objective has no part for it
 

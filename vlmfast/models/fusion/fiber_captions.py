@@ -29,33 +29,32 @@ class PromptCollator:
         return {**batch, "input_ids": ids[:, :longest], "attention_mask": mask[:, :longest]}
 
 
-def greedy(
-    next_token: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    count: int,
-    *,
-    end: int,
-    pad: int,
-) -> Tensor:
-    """Up to `count` tokens (B, N) after prompts of any lengths, each the most likely one; pads after the end.
+def greedy(step: Callable[[Tensor, Tensor], Tensor], rows: Tensor, count: int, *, end: int, pad: int) -> Tensor:
+    """Up to `count` tokens (B, N), each the likeliest one; `pad` after `end`.
 
     Args:
-        next_token: of texts (B, L) and their mask, the token (B,) after the place (B,) of each row.
-        input_ids, attention_mask (B, L): prompts, padded on the right, of at least one token.
-        end: the token after which a text is over.
-        pad: what stands behind it.
+        step: (tokens (B, t), rows (B,)) to the logits (B, V) of what follows.
+        rows (B,): of the batch, in order.
     """
-    lengths, rows = attention_mask.sum(1), torch.arange(len(input_ids), device=input_ids.device)
-    ids = F.pad(input_ids, (0, count), value=pad)
-    going = torch.ones_like(lengths, dtype=torch.bool)
-    new: list[Tensor] = []
-    while len(new) < count and bool(going.any()):
-        longest = int(lengths.max())
-        seen = (torch.arange(longest, device=ids.device) < lengths[:, None]).long()
-        token = torch.where(going, next_token(ids[:, :longest], seen, rows, lengths - 1), pad)
-        new.append(token)
+    tokens = torch.zeros(len(rows), 0, dtype=torch.long, device=rows.device)
+    going = torch.ones_like(rows, dtype=torch.bool)
+    while tokens.shape[1] < count and bool(going.any()):
+        token = torch.where(going, step(tokens, rows).argmax(-1), pad)
+        tokens = torch.cat([tokens, token[:, None]], 1)
         going = going & (token != end)
-        ids[rows[going], lengths[going]] = token[going]
-        lengths = lengths + going.long()
-    return torch.stack(new, 1)
+    return tokens
+
+
+def continued(input_ids: Tensor, lengths: Tensor, tokens: Tensor, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts with what follows them, their mask, and the place (n,) of each row's last token.
+
+    Args:
+        input_ids (n, L): prompts, padded on the right; of `lengths` (n,).
+        tokens (n, t): that follow.
+    """
+    count = tokens.shape[1]
+    ids = F.pad(input_ids, (0, count), value=pad)
+    ids = ids.scatter(1, lengths[:, None] + torch.arange(count, device=ids.device), tokens)
+    longest = int(lengths.max()) + count
+    mask = torch.arange(longest, device=ids.device) < (lengths + count)[:, None]
+    return ids[:, :longest], mask.long(), lengths + count - 1
