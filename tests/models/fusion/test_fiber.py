@@ -20,6 +20,7 @@ from vlmfast.models.checkpoints import load
 from vlmfast.models.fusion.fiber import FIBERModel
 from vlmfast.models.fusion.fiber_config import FIBERConfig, FIBEROptions
 from vlmfast.models.fusion.fiber_parts import text_layer
+from vlmfast.models.matching import draw_negatives
 
 LAYERS, FUSED, SIDE, QUEUE = 4, 3, 32, 6
 
@@ -182,7 +183,7 @@ def filled(model: FIBERModel, *seeds: int) -> FIBERModel:
     return model.eval()
 
 
-def test_losses_are_the_formulas_with_a_queue_that_has_wrapped() -> None:
+def test_losses_are_the_formulas_with_a_queue_that_has_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     model = filled(make(), 2, 3)  # eight pairs into six places: the first two of seed 2 are gone
     assert model.queue is not None
     assert model.queue.filled() == QUEUE
@@ -193,6 +194,13 @@ def test_losses_are_the_formulas_with_a_queue_that_has_wrapped() -> None:
 
     given = batch()
     given["input_ids"][2], given["attention_mask"][2] = model.queue.input_ids[4, :7], model.queue.attention_mask[4, :7]
+    permitted: list[Tensor] = []
+
+    def drawing(scores: Tensor, allowed: Tensor, uniform: Tensor) -> Tensor:
+        permitted.append(allowed)
+        return draw_negatives(scores, allowed, uniform)
+
+    monkeypatch.setattr("vlmfast.models.fusion.fiber.draw_negatives", drawing)
     out = model(**given)
     shown = {name: given[name] for name in ("input_ids", "attention_mask")}
     stored = {name: getattr(model.queue, name) for name in shown}
@@ -208,6 +216,7 @@ def test_losses_are_the_formulas_with_a_queue_that_has_wrapped() -> None:
         ids = torch.cat([given["image_ids"], model.queue.image_ids])
         allowed = ids[:4, None] != ids
         allowed[2, 4 + 4] = False  # the queue's pair with the same caption
+        assert all(torch.equal(each, allowed) for each in permitted)
         pairs = [(k, k, 1) for k in range(4)]
         for scores, draws, wrong in (
             (to_image, given["draws"][:, 0], "image"),

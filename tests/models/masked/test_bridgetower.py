@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,13 @@ def test_pretrained_towers_are_those_of_clip_and_roberta(tmp_path: Path) -> None
         torch.testing.assert_close(
             model.bridgetower.encode_text(**text).last[seen], expected[seen], rtol=1e-4, atol=1e-4
         )
+    larger = BridgeTowerForPreTraining.build(dataclasses.replace(options, image_size=32), tokenizer)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        theirs = clip(pixels, interpolate_pos_encoding=True).last_hidden_state
+        theirs = getattr(clip, "vision_model", clip).post_layernorm(theirs)
+        torch.testing.assert_close(larger.bridgetower.encode_image(pixels).last, theirs, rtol=1e-4, atol=1e-4)
+    assert larger.image_size(dataclasses.replace(options, image_size=32)) == 32
     assert model.vocabulary == len(tokenizer) == len(model.mlm_score.bias)
     assert model.max_text_length == 18
 

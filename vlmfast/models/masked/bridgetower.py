@@ -161,7 +161,9 @@ class BridgeTowerForPreTraining(Pretrainable, BridgeTowerPreTrainedModel):
             text, given["text_model."] = roberta_tower(options.text_tower)
             width, layers = text.hidden_size, text.num_hidden_layers
         if options.vision_tower:
-            vision, given["vision_model.visual."] = clip_tower(options.vision_tower)
+            vision, given["vision_model.visual."] = clip_tower(
+                options.vision_tower, options.image_size if options.is_given("image_size") else None
+            )
             layers = vision.num_hidden_layers
             overrides = {**normalisation(options.vision_tower), **overrides}
         if text is None:

@@ -6,6 +6,7 @@ fuse, so that an image is encoded once for all texts that it is paired with, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -134,9 +135,14 @@ def image_block(block: Any, x: Tensor) -> Tensor:
     return x + h
 
 
-def clip_tower(source: str) -> tuple[transformers.BridgeTowerVisionConfig, dict[str, Tensor]]:
+def clip_tower(
+    source: str, image_size: int | None = None
+) -> tuple[transformers.BridgeTowerVisionConfig, dict[str, Tensor]]:
     """The image tower of a CLIP checkpoint: its config, and its weights by BridgeTower's names.
 
+    Args:
+        source: a folder or a name on a hub.
+        image_size: of the images, where it is to be another; positions are interpolated (bicubic).
     Raises:
         FileNotFoundError: there is no such folder or name.
         ValueError: the tower is none of CLIP's, or one that BridgeTower's has no place for.
@@ -157,11 +163,14 @@ def clip_tower(source: str) -> tuple[transformers.BridgeTowerVisionConfig, dict[
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
         patch_size=config.patch_size,
-        image_size=config.image_size,
+        image_size=image_size or config.image_size,
         layer_norm_eps=config.layer_norm_eps,
     )
     given = tower.state_dict()
     weights = {f"embeddings.{n}": given[f"embeddings.{n}"] for n in EMBEDDINGS}
+    weights["embeddings.position_embedding.weight"] = resized_positions(
+        weights["embeddings.position_embedding.weight"], made.image_size // made.patch_size
+    )
     for own, clip in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
         weights |= _renamed(given, f"{clip}.", f"{own}.")
     for number in range(config.num_hidden_layers):
@@ -172,6 +181,16 @@ def clip_tower(source: str) -> tuple[transformers.BridgeTowerVisionConfig, dict[
         for to, of in BLOCK.items():
             weights |= _renamed(given, f"{clip}{of}.", f"{own}{to}.")
     return made, weights
+
+
+def resized_positions(positions: Tensor, side: int) -> Tensor:
+    """Embeddings of a class token and side x side patches, from those (1 + n * n, D) of n x n patches."""
+    old = math.isqrt(len(positions) - 1)
+    if old == side:
+        return positions
+    grid = positions[1:].T.reshape(1, -1, old, old)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid[0].flatten(1).T])
 
 
 EMBEDDINGS = ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
