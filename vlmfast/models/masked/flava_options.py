@@ -57,7 +57,7 @@ class FLAVAOptions(ImageTextOptions):
 
 
 def small_config(options: FLAVAOptions, tokenizer: Any, codebook: dict[str, Any] | None) -> FlavaConfig:
-    """Heads of 64, MLPs four times as wide.
+    """Heads of 64, MLPs four times as wide, weights that start at a deviation of width^-0.5.
 
     Args:
         codebook: the config of a loaded one; None makes a small one.
@@ -72,6 +72,7 @@ def small_config(options: FLAVAOptions, tokenizer: Any, codebook: dict[str, Any]
         "hidden_size": options.width,
         "intermediate_size": 4 * options.width,
         "num_attention_heads": options.width // 64,
+        "initializer_range": options.width**-0.5,
     }
     return FlavaConfig(
         image_config={
@@ -92,4 +93,5 @@ def small_config(options: FLAVAOptions, tokenizer: Any, codebook: dict[str, Any]
         image_codebook_config=codebook,
         hidden_size=options.width,
         projection_dim=options.embed_dim,
+        initializer_range=options.width**-0.5,
     )
