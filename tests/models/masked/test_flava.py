@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from vlmfast.models.masked.flava import FLAVAModel
 from vlmfast.models.masked.flava_loss import loss_terms
 from vlmfast.training import grad_cache
 
+ROOT = Path(__file__).parents[3]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 GRID, WORDS, VOCABULARY = 4, 40, 60
 
@@ -370,3 +374,23 @@ def test_terms_of_what_a_batch_has() -> None:
     found = loss_terms(masked_text_loss=sums, num_masked_tokens=counts)
     assert found.keys() == {"mlm"}
     assert found["mlm"] == 15 / 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_keeps_losses_and_features_in_float32(kind: str) -> None:
+    model = ours()
+    exact = model(**batch(kind)).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch(kind))
+    assert all(value.dtype == torch.float32 for value in output.values())
+    torch.testing.assert_close(output.loss, exact, rtol=0.02, atol=0.02)
+    output.loss.backward()
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["flava_step.py", "--tiny", "--rounds=1"])
+    runpy.run_path(str(ROOT / "bench" / "flava_step.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    losses = re.findall(r"loss ([\d.]+)", printed)
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=2e-4)
+    assert float(re.findall(r"of memory ([\d.]+)", printed)[0]) > 1

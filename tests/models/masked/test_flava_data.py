@@ -19,7 +19,6 @@ from vlmfast.models.masked.flava import FLAVAModel
 from vlmfast.models.masked.flava_codebook import codebook_pixels, fit_codebook, load_codebook
 from vlmfast.models.masked.flava_collator import FLAVACollator, exchange
 
-ROOT = Path(__file__).parents[3]
 TINY = ("--width=64", "--vision-layers=1", "--text-layers=1", "--fusion-layers=1", "--image-size=16", "--max-length=12")
 
 

@@ -31,7 +31,7 @@ Departures from the paper and from transformers' FlavaForPreTraining, whose para
 - Without a checkpoint of a codebook, `flava_codebook.fit_codebook` makes a small one of the images of --data.
 - `logit_scale` is clamped to [0, ln 100] after each step, not before it is used.
 - A model from a few numbers starts at weights of deviation width^-0.5, as CLIP's do. At 0.02, made for a width of 768,
-  the [CLS] of narrow encoders hardly depends on their input: at width 64 the contrastive term had not moved in 110 steps.
+  the [CLS] of narrow encoders hardly depends on the input: at width 64 the contrastive term stood still in 110 steps.
 - Attention is scaled_dot_product_attention. transformers keeps the probabilities of every layer.
 - Both passes of an encoder over pairs, with and without what is hidden, are one pass over twice the rows. In the last
   layer the pass with nothing hidden computes [CLS] alone, which is all that is read of it.
