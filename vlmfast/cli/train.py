@@ -114,6 +114,8 @@ def run(arguments: Sequence[str]) -> int:
     task = None if task_name is None else task_class(task_name)(*task_options)
     output_dir = Path(args.output_dir)
     options.check()
+    if task is not None:
+        options.refuse(options.pretraining, f"--task {task_name}")
     if data_args.features and not cls.reads_features:
         raise ValueError(f"--features {data_args.features}: {name} reads no features of regions")
     folder = RunFolder(args)

@@ -75,6 +75,8 @@ class Options:
 
     new_model: ClassVar[tuple[str, ...]] = ()
     """Fields that only say how a new model is made: beside --pretrained or --config they are an error."""
+    pretraining: ClassVar[tuple[str, ...]] = ()
+    """Fields that only pretraining reads: beside --task they are an error."""
     typed: ClassVar[frozenset[str]] = frozenset()
     """Names that stood on the command line, which sets it on the object."""
 

@@ -151,7 +151,7 @@ def test_a_codebook_of_transformers_is_taken(tmp_path: Path) -> None:
         load_codebook(str(tmp_path / "flava"))
 
 
-def test_three_sources_train_every_part(tmp_path: Path) -> None:
+def test_three_sources_train_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two rounds of three batches move the heads of all kinds, and the codebook stays what k-means made of it."""
     (tmp_path / "pairs").mkdir()
     pairs = write_pairs(tmp_path / "pairs", 16)
@@ -173,6 +173,10 @@ def test_three_sources_train_every_part(tmp_path: Path) -> None:
     for head in ("mim_head", "mlm_head", "mmm_image_head", "mmm_text_head", "itm_head", "flava.image_projection"):
         assert f"{head}.weight" in moved or any(name.startswith(f"{head}.") for name in moved), head
     assert not any(name.startswith("image_codebook.") or "model.pooler" in name for name in moved)
+    for flag in ("--text-data=x", "--image-data=x", "--mismatched=0.2"):
+        tuning = ["train", "flava", "--task=vqa", f"--pretrained={out}", f"--data={pairs}", f"--output-dir={out}", flag]
+        assert main(tuning) == 1
+        assert "has no effect beside --task vqa" in capsys.readouterr().err
     record = json.loads((out / "run.json").read_text())
     assert record["model"]["text_data"].endswith("texts.txt")
     with pytest.raises(ValueError, match="lengths: expected one batch of 32 in the first part"):

@@ -34,6 +34,7 @@ class FLAVAOptions(ImageTextOptions):
     patch_size: int = field(default=8, metadata={"help": "Side of a patch, pixels."})
     embed_dim: int = field(default=256, metadata={"help": "Dimension of the features that are compared."})
 
+    pretraining: ClassVar[tuple[str, ...]] = ("image_data", "text_data", "mismatched")
     new_model: ClassVar[tuple[str, ...]] = (
         "codebook",
         "codebook_size",
