@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers
 from command_line import write_pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.masking_utils import create_causal_mask
 from transformers.models.mbart.modeling_mbart import MBartDecoderLayer, MBartEncoderLayer
 
 from vlmfast.cli import main
@@ -237,6 +239,33 @@ def test_the_loss_and_its_gradients_are_those_of_the_equations(model: SimVLMMode
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
     for name, a, b in zip(names, torch.autograd.grad(found, parameters), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()), msg=name)
+
+
+def test_what_depends_on_what_is_paligemmas_mask(model: SimVLMModel) -> None:
+    """Patches and prefix as its prefix, the begin token and what follows as its suffix."""
+    if "block_sequence_ids" not in signature(create_causal_mask).parameters:
+        pytest.skip("transformers of this version has no such mask")
+    prefix, suffix = PATCHES + 2, 3
+    torch.manual_seed(0)
+    places = torch.randn(1, prefix, 32, requires_grad=True)
+    tokens = torch.randn(1, suffix, 32, requires_grad=True)
+    read = torch.ones(1, prefix, dtype=torch.bool)
+    memory = model.encoder(places, read, PATCHES)
+    states = torch.cat([memory, model.decoder(tokens, memory, read)], dim=1)[0]
+    reached = []
+    for state in states:
+        gradients = torch.autograd.grad(state.square().sum(), (places, tokens), retain_graph=True, allow_unused=True)
+        rows = [torch.zeros(suffix, 32) if g is None else g[0] for g in gradients]
+        reached.append(torch.cat(rows).any(dim=1))
+    length = prefix + suffix
+    config = transformers.GemmaConfig(attn_implementation="eager")
+    blocks = torch.tensor([[0] * prefix + [-1] * suffix])
+    mask = create_causal_mask(
+        config=config, inputs_embeds=torch.zeros(1, length, 8), attention_mask=torch.ones(1, length, dtype=torch.long),
+        past_key_values=None, position_ids=torch.arange(length)[None], block_sequence_ids=blocks,
+    )  # fmt: skip
+    assert torch.equal(torch.stack(reached), mask[0, 0] == 0)
+    assert torch.equal(mask[0, 0] == 0, torch.ones(length, length).tril().bool() | (torch.arange(length) < prefix))
 
 
 def test_layers_compute_what_mbarts_do(model: SimVLMModel) -> None:

@@ -91,6 +91,7 @@ def test_decoders_start_equal_and_part_while_the_rest_is_one() -> None:
     assert names == ["embedding.words.weight", "output.bias"]
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
     model(**batch()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
     optimizer.step()
     assert all(not torch.equal(a, b) for a, b in pairs if a.grad.any())
     assert sum(bool(a.grad.any()) for a, _ in pairs) > len(pairs) / 2
