@@ -27,7 +27,8 @@ class PrefixLMCollator:
         config: the model's, with `max_position_embeddings` and the begin and end tokens.
         max_length: tokens of a text at most, with its end; what is longer is cut, and has no end. None makes prompts:
             all of a text is the prefix, and nothing is cut or predicted.
-        draw: T_p from 0 to T - 1, as a function of `Sample.seed`; else it is 0.
+        cut: probability that T_p is drawn, from 0 to T - 1, as a function of `Sample.seed`; else it is 0. Texts without
+            images are always cut.
         lines: texts without images, of which `documents` are added to every batch.
     Raises:
         ValueError: in a call, a sample has several images, a prompt has more tokens than positions, or every sample of
@@ -40,7 +41,7 @@ class PrefixLMCollator:
         config: Any,
         *,
         max_length: int | None = None,
-        draw: bool = False,
+        cut: float = 0.0,
         lines: Sequence[str] = (),
         documents: int = 0,
     ) -> None:
@@ -48,7 +49,7 @@ class PrefixLMCollator:
         self.begin, self.end = config.bos_token_id, config.eos_token_id
         self.positions = config.max_position_embeddings
         self.max_length = max_length
-        self.draw = draw
+        self.cut = cut
         self.lines, self.documents = lines, documents
 
     def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
@@ -87,7 +88,7 @@ class PrefixLMCollator:
         if self.max_length is None:
             return prefix, []
         ids = [*encode(self.tokenizer, text), self.end][: self.max_length]
-        start = 0
-        if self.draw and not given:
-            start = int(np.random.default_rng(sample.seed).integers(len(ids)))
+        generator, start = np.random.default_rng(sample.seed), 0
+        if not given and (sample.image is None or generator.random() < self.cut):
+            start = int(generator.integers(len(ids)))
         return prefix + ids[:start], ids[start:]

@@ -123,6 +123,10 @@ def test_every_sample_has_its_own_prefix_and_only_what_follows_it_is_predicted(t
         assert one["decoder_input_ids"][0].tolist() == [tokenizer.bos_token_id, *one["labels"][0, :-1].tolist()]
     again = model.collator(options, tokenizer, train=True)(samples(64)[5:6])
     assert again["input_ids"].tolist() == row(given, 5)["input_ids"].tolist()
+    options.whole = 0.5
+    half = model.collator(options, tokenizer, train=True)(samples(64))["attention_mask"].sum(1)
+    assert 20 < (half == 0).sum() < 48
+    assert len(set(half.tolist())) > 6
     still = model.collator(options, tokenizer, train=False)(samples(3))
     assert still["input_ids"].shape == (3, 0)
     assert still["labels"].tolist() == [whole] * 3
@@ -483,6 +487,7 @@ def test_residual_branches_and_relative_places_start_at_zero() -> None:
     ("options", "message"),
     [
         ({"text_batch": 3}, "--text-batch 3 needs --text-data"),
+        ({"whole": 2.0}, "--whole: expected a probability, got 2.0"),
         ({"text_width": 100}, "--text-width: expected a multiple of 64"),
         ({"vision_width": 90}, "--vision-width: expected a multiple of 4, got 90"),
         ({"pretrained": "x", "text_layers": 2}, "--text-layers 2 has no effect beside --pretrained"),

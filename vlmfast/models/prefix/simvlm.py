@@ -5,9 +5,10 @@ follow. With v the image's patches and x_0, ..., x_(T-1) the text, its end token
 
     loss = -mean over t >= T_p of log p(x_t | v, x_<T_p, x_T_p, ..., x_(t-1))
 
-T_p is drawn for each sample from 0, ..., T - 1, as a function of `Sample.seed`. Within the prefix every state sees all
-others; the decoder is causal and reads all of the prefix. The mean is over the predicted tokens of the batch, of all
-processes where the trainer says how many they are. There is no other loss.
+T_p is drawn for each sample from 0, ..., T - 1, as a function of `Sample.seed`. `--whole` is the probability that it is
+0 beforehand: 0 in pretraining, 1 where captions are fine-tuned. Within the prefix every state sees all others; the
+decoder is causal and reads all of the prefix. The mean is over the predicted tokens of the batch, of all processes where
+the trainer says how many they are. There is no other loss.
 
 An image's patches are the places of the third stage of a ResNet, at 1/16 of its side, mapped to the transformer's width
 by one linear layer. Patches and tokens have a table of positions each, and no embedding says which is which. Each layer
@@ -145,6 +146,12 @@ class SimVLMOptions(ImageTextOptions):
     vision_layers: int = field(default=2, metadata={"help": "Blocks of each of the three convolution stages."})
     text_width: int = field(default=192, metadata={"help": "Width of encoder and decoder, a multiple of 64."})
     text_layers: int = field(default=3, metadata={"help": "Layers of the encoder, and of the decoder."})
+    whole: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a text is predicted from its image alone, as captions are; 1 to fine-tune."
+        },
+    )
     text_data: str | None = field(
         default=None, metadata={"help": "A text file, one document a line, to train on beside the pairs."}
     )
@@ -156,6 +163,8 @@ class SimVLMOptions(ImageTextOptions):
         super().check()
         if self.text_width % 64:
             raise ValueError(f"--text-width: expected a multiple of 64 (the head size), got {self.text_width}")
+        if not 0 <= self.whole <= 1:
+            raise ValueError(f"--whole: expected a probability, got {self.whole}")
         if not self.text_data and self.is_given("text_batch"):
             raise ValueError(f"--text-batch {self.text_batch} needs --text-data, a file of documents")
 
@@ -242,7 +251,12 @@ class SimVLMModel(Pretrainable, PreTrainedModel, GenerationMixin):
             raise ValueError(f"--max-length: expected at most the model's {limit} positions, got {options.max_length}")
         lines = read_lines(options.text_data) if train and options.text_data else []
         return PrefixLMCollator(
-            tokenizer, self.config, max_length=options.max_length, draw=train, lines=lines, documents=options.text_batch
+            tokenizer,
+            self.config,
+            max_length=options.max_length,
+            cut=1 - options.whole if train else 0.0,
+            lines=lines,
+            documents=options.text_batch,
         )
 
     def prompt_collator(self, options: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
