@@ -7,8 +7,8 @@ follow. With v the image's patches and x_0, ..., x_(T-1) the text, its end token
 
 T_p is drawn for each sample from 0, ..., T - 1, as a function of `Sample.seed`. `--whole` is the probability that it is
 0 beforehand: 0 in pretraining, 1 where captions are fine-tuned. Within the prefix every state sees all others; the
-decoder is causal and reads all of the prefix. The mean is over the predicted tokens of the batch, of all processes where
-the trainer says how many they are. There is no other loss.
+decoder is causal and reads all of the prefix. The mean is over the predicted tokens of the batch, of all processes
+where the trainer says how many they are. There is no other loss.
 
 An image's patches are the places of the third stage of a ResNet, at 1/16 of its side, mapped to the transformer's width
 by one linear layer. Patches and tokens have a table of positions each, and no embedding says which is which. Each layer
