@@ -21,7 +21,8 @@ from vlmfast.cli import main
 from vlmfast.data import load_tokenizer
 from vlmfast.data.dataset import Sample
 from vlmfast.models.encoder_decoder import Attention, RelativeBias
-from vlmfast.models.prefix.simvlm import SimVLMConfig, SimVLMModel, SimVLMOptions
+from vlmfast.models.prefix.simvlm import SimVLMModel
+from vlmfast.models.simvlm_config import SimVLMConfig, SimVLMOptions
 
 BEGIN, END, PAD, VOCAB, PATCHES = 1, 2, 0, 40, 4
 SMALL = {"hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "embedding_size": 8, "layer_type": "basic", "image_size": 32}

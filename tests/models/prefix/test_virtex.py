@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vlmfast.data import load_tokenizer
 from vlmfast.data.dataset import Sample
 from vlmfast.models.beam_search import REPEATED, beam_search
-from vlmfast.models.prefix.virtex import VirTexConfig, VirTexModel, VirTexOptions, flip_rows, swap_sides
+from vlmfast.models.caption_batches import swap_sides
+from vlmfast.models.prefix.virtex import VirTexConfig, VirTexModel, VirTexOptions, flip_rows
 from vlmfast.nn import linear_cross_entropy as losses_module
 
 PAD, BEGIN, END, VOCAB, WIDTH = 0, 1, 2, 40, 32

@@ -7,8 +7,9 @@ from vlmfast.models.prefix.flamingo import FlamingoModel
 from vlmfast.models.prefix.flamingo_config import FlamingoConfig
 from vlmfast.models.prefix.frozen import FrozenConfig, FrozenModel
 from vlmfast.models.prefix.mapl import MAPLConfig, MAPLModel
-from vlmfast.models.prefix.simvlm import SimVLMConfig, SimVLMModel
+from vlmfast.models.prefix.simvlm import SimVLMModel
 from vlmfast.models.prefix.virtex import VirTexConfig, VirTexModel
+from vlmfast.models.simvlm_config import SimVLMConfig
 
 # Types that transformers does not know; it reads the tokenizers beside their checkpoints by them.
 for _config in (ClipCapConfig, FlamingoConfig, FrozenConfig, MAPLConfig, SimVLMConfig, VirTexConfig):

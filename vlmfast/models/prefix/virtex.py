@@ -38,12 +38,10 @@ Departures from the public code (kdexd/virtex):
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -53,10 +51,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 from typing_extensions import Self
 
 from vlmfast.data import Transform
-from vlmfast.data.dataset import Sample
-from vlmfast.data.text import usable
 from vlmfast.models.beam_search import beam_search
-from vlmfast.models.caption_batches import check_positive, encode, image_of, pad_rows
+from vlmfast.models.caption_batches import CaptionCollator, check_positive
 from vlmfast.models.contract import ImageTextOptions, Pretrainable
 from vlmfast.models.conv_stage import ConvStage, resnet_config, small_resnet
 from vlmfast.nn.linear_cross_entropy import language_model_loss
@@ -64,7 +60,6 @@ from vlmfast.nn.prefix import IGNORED, compact
 
 STAGES = 4
 EPSILON = 1e-8
-SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 class VirTexConfig(PreTrainedConfig):
@@ -227,11 +222,11 @@ class VirTexModel(Pretrainable, PreTrainedModel):
         limit = self.config.max_position_embeddings
         if options.max_length > limit:
             raise ValueError(f"--max-length: expected at most the model's {limit} positions, got {options.max_length}")
-        return VirTexCollator(tokenizer, self.config, options.max_length, flip=options.flip if train else 0.0)
+        return CaptionCollator(tokenizer, self.config, options.max_length, flip=options.flip if train else 0.0)
 
     def prompt_collator(self, options: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """Image, begin token and prompt. Prompts are not cut."""
-        return VirTexCollator(tokenizer, self.config)
+        return CaptionCollator(tokenizer, self.config)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """(B, R, D): of every place of the last map, what both decoders read; pixels as of `ConvStage.forward`."""
@@ -384,60 +379,6 @@ class Embedding(nn.Module):
         places = self.positions.weight[: input_ids.shape[1]]
         normed: Tensor = self.dropout(self.layer_norm(self.words(input_ids) + places))
         return normed.masked_fill(pads[..., None], 0)
-
-
-class VirTexCollator:
-    """A list of samples to one batch of VirTex; skipped samples (None) are left out.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        config: the model's.
-        max_length: tokens of a caption at most, with those around it; what is longer is cut, and has no end. None makes
-            prompts: the begin token and the caption, neither cut nor predicted.
-        flip: probability that an image is flipped, and left and right swapped in its caption.
-    """
-
-    def __init__(self, tokenizer: Any, config: VirTexConfig, max_length: int | None = None, flip: float = 0.0) -> None:
-        self.tokenizer = tokenizer
-        self.begin, self.end = config.bos_token_id, config.eos_token_id
-        self.max_length = max_length
-        self.flip = flip
-
-    def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
-        kept = usable(samples)
-        if self.flip:
-            kept = [flipped(s) if np.random.default_rng(s.seed).random() < self.flip else s for s in kept]
-        images = [image for image in map(image_of, kept) if image is not None]
-        if len(images) < len(kept):
-            raise ValueError(f"samples: expected an image of each, got {len(images)} of {len(kept)}")
-        rows = [self._row(sample.caption) for sample in kept]
-        ids, mask = pad_rows(rows)
-        batch = {"pixel_values": torch.stack(images), "input_ids": ids, "attention_mask": mask}
-        if self.max_length is not None:
-            batch["labels"] = ids.masked_fill(mask == 0, IGNORED)
-            batch["labels"][:, 0] = IGNORED  # nothing stands before it
-        return batch
-
-    def _row(self, caption: str) -> list[int]:
-        ids = [self.begin, *encode(self.tokenizer, caption)]
-        return ids if self.max_length is None else [*ids, self.end][: self.max_length]
-
-
-def flipped(sample: Sample) -> Sample:
-    """The sample with its image (H, W, 3) flipped, and the words left and right swapped in its caption."""
-    image = image_of(sample)
-    return replace(sample, image=None if image is None else image.flip(1), caption=swap_sides(sample.caption))
-
-
-def swap_sides(caption: str) -> str:
-    """left for right and right for left, where they are words of their own; capitals stay."""
-
-    def other(found: re.Match[str]) -> str:
-        word = found.group()
-        side = "right" if word.lower() == "left" else "left"
-        return side.upper() if word.isupper() else side.title() if word[0].isupper() else side
-
-    return SIDES.sub(other, caption)
 
 
 def flip_rows(rows: Tensor, attention_mask: Tensor) -> Tensor:
