@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -97,3 +98,9 @@ def test_import_costs_torch_only(run_python) -> None:
     heavy = {"transformers", "accelerate", "triton", "open_clip", "timm", "webdataset", "PIL", "matplotlib", "tqdm"}
     assert "vlmfast" in loaded
     assert not heavy & set(loaded)
+
+
+def test_every_package_is_installed() -> None:
+    listed = re.findall(r'^    "(vlmfast[\w.]*)",$', (ROOT.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    found = {".".join(path.parent.relative_to(ROOT.parent).parts) for path in ROOT.rglob("__init__.py")}
+    assert found <= set(listed), found - set(listed)
