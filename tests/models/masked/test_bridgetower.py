@@ -20,6 +20,7 @@ from vlmfast.data.dataset import Sample
 from vlmfast.models.checkpoints import load
 from vlmfast.models.masked.bridgetower import BridgeTowerConfig, BridgeTowerForPreTraining
 from vlmfast.models.masked.bridgetower_config import BridgeTowerOptions
+from vlmfast.models.masked_pairs import MaskedPairCollator
 
 LAYERS, CROSS = 4, 3
 
@@ -373,6 +374,29 @@ def test_a_batch_is_a_function_of_its_samples_seeds() -> None:
     loss = model.train()(**whole).loss
     loss.backward()
     assert loss.isfinite()
+
+
+def test_several_captions_of_an_image_are_pairs_of_it() -> None:
+    tokenizer = load_tokenizer()
+    tokenizer.add_special_tokens(BridgeTowerForPreTraining.special_tokens)
+    collator = MaskedPairCollator(tokenizer, max_length=12, captions_per_image=3)
+    image = torch.zeros(16, 16, 3, dtype=torch.uint8)
+    records = [{"captions": ["a cat", "one cat", "cats", "the cat"]}, {"captions": ["a dog"]}]
+    samples = [
+        Sample(image + k, r["captions"][0], f"{k}", None, seed=100 * k + 7, record=r) for k, r in enumerate(records)
+    ]
+    given = collator(samples)
+    texts = tokenizer.batch_decode(given["input_ids"], skip_special_tokens=True)
+    assert len(texts) == len(set(texts)) == 4
+    assert texts[0] == "a cat"
+    assert texts[3] == "a dog"
+    assert set(texts) <= {"a cat", "one cat", "cats", "the cat", "a dog"}
+    assert given["image_ids"][:3].unique().numel() == 1
+    assert given["image_ids"][3] != given["image_ids"][0]
+    assert given["pixel_values"][:, 0, 0, 0].tolist() == [0, 0, 0, 1]
+    assert given["draws"].unique().numel() == given["draws"].numel()
+    again = collator(samples)
+    assert all(torch.equal(value, again[name]) for name, value in given.items())
 
 
 def test_wrong_settings_are_named() -> None:

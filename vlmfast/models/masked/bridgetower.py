@@ -202,7 +202,10 @@ class BridgeTowerForPreTraining(Pretrainable, BridgeTowerPreTrainedModel):
         if not train:
             return Collator(tokenizer, max_length=options.max_length)
         return MaskedPairCollator(
-            tokenizer, max_length=options.max_length, mask_probability=self.config.mask_probability
+            tokenizer,
+            max_length=options.max_length,
+            mask_probability=self.config.mask_probability,
+            captions_per_image=options.captions_per_image,
         )
 
     @property

@@ -126,6 +126,9 @@ class BridgeTowerOptions(ImageTextOptions):
         default="mlm,itm",
         metadata={"help": "Losses, of mlm, itm and itc; 'itm,itc' is the paper's fine-tuning for retrieval."},
     )
+    captions_per_image: int = field(
+        default=1, metadata={"help": "Of an image's captions, how many a batch has; itc takes all of them for right."}
+    )
     vision_tower: str | None = field(default=None, metadata={"help": "Name or folder of a pretrained CLIP."})
     text_tower: str | None = field(
         default=None, metadata={"help": "Name or folder of a pretrained RoBERTa; its tokenizer is the default one."}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from vlmfast.models.bert_attention import heads_attention
@@ -61,7 +61,7 @@ class Trunk(transformers.BridgeTowerModel):
         for number, layer in enumerate(self.text_model.encoder.layer):
             states = layer.feed_forward_chunk(attend(layer.attention, states, states, mask))
             if number >= self.first:
-                kept.append(self._apply_text_transform(states, number - self.first) + self._type(0))
+                kept.append(_projected(self.cross_modal_text_transform, states, number - self.first) + self._type(0))
         return Encoded(kept, states, mask)
 
     def encode_image(self, pixel_values: Tensor) -> Encoded:
@@ -73,7 +73,7 @@ class Trunk(transformers.BridgeTowerModel):
             states = image_block(block, states)
             if number >= self.first:
                 normed = visual.ln_post(states)
-                kept.append(self._apply_image_transform(normed, number - self.first) + self._type(1))
+                kept.append(_projected(self.cross_modal_image_transform, normed, number - self.first) + self._type(1))
         return Encoded(kept, normed)
 
     def fuse(self, text: Encoded, image: Encoded, keep: str = "all") -> tuple[Tensor, Tensor]:
@@ -100,6 +100,12 @@ class Trunk(transformers.BridgeTowerModel):
     def _type(self, number: int) -> Tensor:
         embedding: Tensor = self.token_type_embeddings.weight[number]
         return embedding
+
+
+def _projected(transform: Any, states: Tensor, number: int) -> Tensor:
+    """By W, which is one for all layers, or has one for each in a list."""
+    found: Tensor = transform[number](states) if isinstance(transform, nn.ModuleList) else transform(states)
+    return found
 
 
 def attend(attention: Any, states: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
