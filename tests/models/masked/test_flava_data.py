@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import write_pairs
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
@@ -152,7 +154,10 @@ def test_a_codebook_of_transformers_is_taken(tmp_path: Path) -> None:
 
 
 def test_three_sources_train_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two rounds of three batches move the heads of all kinds, and the codebook stays what k-means made of it."""
+    """Two rounds of three batches move the heads of all kinds, and the codebook stays what k-means made of it.
+
+    A run that goes on between the rounds ends where the whole one does.
+    """
     (tmp_path / "pairs").mkdir()
     pairs = write_pairs(tmp_path / "pairs", 16)
     (tmp_path / "texts.txt").write_text("\n".join(f"a line of text, number {k}" for k in range(5)))
@@ -173,6 +178,14 @@ def test_three_sources_train_every_part(tmp_path: Path, capsys: pytest.CaptureFi
     for head in ("mim_head", "mlm_head", "mmm_image_head", "mmm_text_head", "itm_head", "flava.image_projection"):
         assert f"{head}.weight" in moved or any(name.startswith(f"{head}.") for name in moved), head
     assert not any(name.startswith("image_codebook.") or "model.pooler" in name for name in moved)
+    part = tmp_path / "part"
+    part.mkdir()
+    shutil.copytree(out / "checkpoint-3", part / "checkpoint-3")
+    shutil.copy(out / "run.json", part)
+    resumed = [f"--output-dir={part}" if option.startswith("--output-dir") else option for option in command]
+    assert main([*resumed, "--resume"]) == 0
+    weights = load_file(out / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in load_file(part / "model.safetensors").items())
     for flag in ("--text-data=x", "--image-data=x", "--mismatched=0.2"):
         tuning = ["train", "flava", "--task=vqa", f"--pretrained={out}", f"--data={pairs}", f"--output-dir={out}", flag]
         assert main(tuning) == 1
