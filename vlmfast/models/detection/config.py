@@ -66,6 +66,7 @@ class FasterRCNNConfig(PreTrainedConfig):
         roi_size: P, bins along a side of a pooled region.
         roi_op: "pool" or "align".
         roi_batch: proposals of an image that are drawn for the loss.
+        roi_objects: the share of them that are objects, at most.
         attribute_embed_dim, attribute_hidden_size: of the attribute head.
         image_mean, image_std: per channel, of pixels in [0, 1].
         Others as PreTrainedConfig.
@@ -94,6 +95,7 @@ class FasterRCNNConfig(PreTrainedConfig):
         roi_size: int = 14,
         roi_op: str = "pool",
         roi_batch: int = 64,
+        roi_objects: float = 0.25,
         attribute_embed_dim: int = 256,
         attribute_hidden_size: int = 512,
         image_mean: Sequence[float] = IMAGENET_MEAN,
@@ -116,6 +118,7 @@ class FasterRCNNConfig(PreTrainedConfig):
         self.roi_size = roi_size
         self.roi_op = roi_op
         self.roi_batch = roi_batch
+        self.roi_objects = roi_objects
         self.attribute_embed_dim = attribute_embed_dim
         self.attribute_hidden_size = attribute_hidden_size
         self.image_mean = list(image_mean)
@@ -128,6 +131,8 @@ class FasterRCNNConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         if self.longer_size < self.image_size:
             raise ValueError(f"longer_size: expected at least image_size {self.image_size}, got {self.longer_size}")
+        if not 0 < self.roi_objects <= 1:
+            raise ValueError(f"roi_objects: expected a share above 0, got {self.roi_objects}")
         if not 0 <= self.frozen_stages <= 5:
             raise ValueError(f"frozen_stages: expected 0 to 5, got {self.frozen_stages}")
         if self.roi_op not in ("pool", "align"):

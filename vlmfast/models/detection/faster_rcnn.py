@@ -25,7 +25,8 @@ Departures:
   crowds, are background.
 - Images are RGB with ImageNet's mean and deviation, and res3 to res5 have torchvision's strides; the detector of
   "Bottom-Up" reads BGR. `roi_op` "pool" is the paper's; a small new model has "align", as a border rounded to 8 pixels
-  is a fifth of an object of 40. Its map has stride 8, with res4 dilated.
+  is a fifth of an object of 40. Its map has stride 8, with res4 dilated, and up to half of its few proposals that are
+  drawn are objects.
 - Each image is padded to multiples of the stride and goes through the backbone beside images of the same padded size
   alone, so in evaluation an image gives the same in any batch. Public code pads to the largest of the batch.
 - Regions: NMS at IoU 0.5 in each class, on boxes refined for the class; public ports run it once over all classes, and
@@ -157,6 +158,7 @@ class FasterRCNNModel(Pretrainable, PreTrainedModel):
                 "roi_size": 4,
                 "roi_op": "align",
                 "roi_batch": 16,
+                "roi_objects": 0.5,
             }
         model = cls(FasterRCNNConfig(**settings | overrides))
         if options.backbone_weights is not None:
@@ -275,7 +277,7 @@ class FasterRCNNModel(Pretrainable, PreTrainedModel):
             for name, value in parts.items():
                 losses[name] = losses[name] + value / len(pixel_values)
             own = [
-                rois.draw(proposal, target, len(self.config.id2label), self.config.roi_batch)
+                rois.draw(proposal, target, len(self.config.id2label), self.config.roi_batch, self.config.roi_objects)
                 for proposal, target in zip(proposals, own_targets, strict=True)
             ]
             pooled.append(self._pool(maps, [each.boxes for each in own]))

@@ -13,8 +13,6 @@ from torchvision.ops import box_iou, roi_align, roi_pool
 
 FOREGROUND = 0.5
 """Overlap (IoU) with a true box from which a proposal is an object; below it is background."""
-SHARE = 0.25
-"""Objects among the proposals of an image that are drawn for the loss, at most."""
 
 CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 """Boxes to regression targets and back; torchvision's, with the paper's weights."""
@@ -36,14 +34,15 @@ class Drawn(NamedTuple):
     attributes: Tensor
 
 
-def draw(proposals: Tensor, target: dict[str, Tensor], num_classes: int, count: int) -> Drawn:
-    """The proposals of an image, and its true boxes, drawn for the loss: `count`, a quarter objects at most.
+def draw(proposals: Tensor, target: dict[str, Tensor], num_classes: int, count: int, share: float = 0.25) -> Drawn:
+    """The proposals of an image, and its true boxes, drawn for the loss.
 
     Args:
         proposals (P, 4).
         target: "boxes" (G, 4), "labels" (G,) int64 and "attributes" (G, M) int64.
         num_classes: K.
         count: of those that are drawn, fewer where there are fewer.
+        share: of them that are objects, at most.
     """
     truth = target["boxes"].to(proposals)
     candidates = torch.cat([proposals, truth])
@@ -52,7 +51,7 @@ def draw(proposals: Tensor, target: dict[str, Tensor], num_classes: int, count: 
     if len(truth):
         most, which = box_iou(truth, candidates).max(dim=0)
         labels = torch.where(most >= FOREGROUND, target["labels"][which], labels)
-    sampler = BalancedPositiveNegativeSampler(count, SHARE)
+    sampler = BalancedPositiveNegativeSampler(count, share)
     positive, negative = sampler([(labels < num_classes).long()])
     kept = (positive[0] | negative[0]).nonzero()[:, 0]
     candidates, labels, which = candidates[kept], labels[kept], which[kept]
