@@ -110,10 +110,12 @@ class TestAnchorLabels:
     def test_the_paper_s_rules(self) -> None:
         torch.manual_seed(1)
         anchors, boxes = self.anchors(), random_boxes(6, 96, 12)
+        boxes = torch.cat([boxes, torch.tensor([[0.0, 26, 6, 38], [0, 50, 6, 62]])])  # across the border is best
         labels, truth = rpn.label_anchors(anchors, boxes, (96, 96))
         iou = box_iou(boxes, anchors)
         inside = (anchors[:, 0] >= 0) & (anchors[:, 1] >= 0) & (anchors[:, 2] <= 96) & (anchors[:, 3] <= 96)
         assert 0 < inside.sum() < len(anchors)
+        assert (iou[6:] > (iou * inside)[6:].amax(dim=1, keepdim=True)).any(dim=1).all()
         best = {int(column) for row in iou * inside for column in (row == row.max()).nonzero()}
         for place in range(len(anchors)):
             most = float(iou[:, place].max())
@@ -145,6 +147,9 @@ class TestAnchorLabels:
         assert set(labels.tolist()) == {-1.0, 0.0}
         labels, _ = rpn.label_anchors(self.anchors(), torch.tensor([[1.0, 1, 7, 7]]), (8, 8))
         assert (labels == 1).any()
+        far = torch.tensor([[0.0, 0, 4, 4], [10, 10, 14, 14]])
+        labels, _ = rpn.label_anchors(far, torch.tensor([[6.0, 6, 7, 7]]), (96, 96))  # that no anchor touches
+        assert labels.tolist() == [0, 0]
 
 
 def test_losses_of_the_proposal_network_are_equation_1() -> None:
@@ -236,6 +241,7 @@ class TestDraw:
         objects = drawn.labels < 3
         assert len(drawn.labels) == 40
         assert objects.sum() == 10
+        assert (rois.draw(proposals, target, 3, 40, 0.5).labels < 3).sum() == 20
         assert torch.equal(objects, iou.amax(dim=1) >= 0.5)
         which = iou.argmax(dim=1)[objects]
         assert torch.equal(drawn.labels[objects], target["labels"][which])
