@@ -103,6 +103,7 @@ class SimVLMModel(Pretrainable, PreTrainedModel, GenerationMixin):
     }
     accepts_loss_kwargs = True  # so that the Trainer says how many tokens are predicted
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "words.weight"}
+    _keys_to_ignore_on_save: ClassVar[list[str]] = ["lm_head.weight"]  # else a resumed run misses what is tied
 
     def __init__(self, config: SimVLMConfig) -> None:
         super().__init__(config)

@@ -180,6 +180,7 @@ class VirTexModel(Pretrainable, PreTrainedModel):
     }
     accepts_loss_kwargs = True  # so that the Trainer says how many tokens are predicted
     _tied_weights_keys: ClassVar[dict[str, str]] = {"output.weight": "embedding.words.weight"}
+    _keys_to_ignore_on_save: ClassVar[list[str]] = ["output.weight"]  # else a resumed run misses what is tied
 
     def __init__(self, config: VirTexConfig) -> None:
         super().__init__(config)
