@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights, to try the script")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--no-memory", action="store_true", help="measure time alone")
     parser.add_argument("--memory", nargs=2, metavar=("MODEL", "PROVIDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
@@ -155,15 +156,15 @@ def main() -> None:
         found = {provider: statistics.median(values) for provider, values in seconds.items()}
         ratios = [b / a for a, b in zip(seconds["vlmfast"], seconds["transformers"], strict=True)]
         memory = {}
-        for provider in PROVIDERS:
+        for provider in () if args.no_memory else PROVIDERS:
             command = [sys.executable, __file__, "--memory", name, provider, *(["--tiny"] if args.tiny else [])]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             memory[provider] = float(done.stdout.split()[-1])
         figures[name] = {"loss": losses, "seconds": seconds, "median": found, "ratios": ratios, "megabytes": memory}
         print(
             f"{name}: {found['vlmfast']:.2f} s against {found['transformers']:.2f} s of the processor, "
-            f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}); "
-            f"{memory['vlmfast']:.0f} MB against {memory['transformers']:.0f} MB",
+            f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+            + (f"; {memory['vlmfast']:.0f} MB against {memory['transformers']:.0f} MB" if memory else ""),
             flush=True,
         )
     if args.output:

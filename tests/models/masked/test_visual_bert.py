@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from PIL import Image
 from regions import DIM, LENGTH, REGIONS, VOCAB, batch, samples, sizes, tokenizer, word_labels, write_bert
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmfast.cli import main
 from vlmfast.models.checkpoints import load
 from vlmfast.models.masked.visual_bert import VisualBERTConfig, VisualBERTModel, VisualBERTOptions, phrase_loss
+from vlmfast.tasks import task_class
 
 SIZES = sizes(num_hidden_layers=2, visual_embedding_dim=DIM)
 
@@ -231,3 +235,68 @@ def test_what_is_missing_or_useless_is_named() -> None:
         model(torch.zeros(1, 3).long())
     assert model.config.visual_embedding_dim == 16
     assert VOCAB < model.vocabulary == len(tokenizer())
+
+
+def write_halves(folder: Path, count: int) -> Path:
+    """Two halves of different colours; the caption names both, in an order that says nothing of the sides."""
+    colours = ("red", "green", "blue", "yellow")
+    for number in range(count):
+        left, right = colours[number % 4], colours[(number + 1 + number // 4 % 3) % 4]
+        image = Image.new("RGB", (32, 16), left)
+        image.paste(right, (16, 0, 32, 16))
+        image.save(folder / f"{number:02}.png")
+        first, second = (left, right) if number % 2 else (right, left)
+        record = {
+            "caption": f"{first} and {second}",
+            "objects": [
+                {"box": [0, 0, 16, 16], "name": left},
+                {"box": [16, 0, 32, 16], "name": right},
+                {"box": [12, 0, 20, 16], "name": "border"},
+            ],
+            "phrases": [
+                {"span": [0, len(first)], "objects": [int(first == right)]},
+                {"span": [len(first) + 5, len(first) + 5 + len(second)], "objects": [int(second == right)]},
+            ],
+        }
+        (folder / f"{number:02}.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_grounding_is_learned_from_the_boxes_of_records(tmp_path: Path) -> None:
+    words, data = tokenizer(), write_halves(tmp_path, 48)
+    torch.manual_seed(0)
+    options = VisualBERTOptions(
+        text_width=64, text_layers=1, tower_width=32, image_size=32, max_length=12,
+        config_overrides=["initializer_range=0.1", "hidden_dropout_prob=0", "attention_probs_dropout_prob=0"],
+    )  # fmt: skip
+    model = VisualBERTModel.build(options, words)
+    task = task_class("grounding")()
+    made = task.trainable(model, data, words, options)
+    assert made.model is model
+    first = made.collator([made.dataset[0], made.dataset[1]])
+    # The border overlaps each half by a quarter of it, of which the two have 4 / 28 in common.
+    expected = torch.tensor([[0, 1, 4 / 20], [1, 0, 4 / 20]])
+    torch.testing.assert_close(first["phrase_overlap"][0], expected)
+    torch.testing.assert_close(first["phrase_overlap"][1], expected.flip(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    for step in range(40):
+        batch = made.collator([made.dataset[(0, (step * 16 + k) % 48)] for k in range(16)])
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scores = task.evaluate(model, data, words, options, progress=False)
+    assert scores.rows["model"]["accuracy"] > 0.9
+    assert scores.rows["blind"]["accuracy"] < 0.75
+    assert scores.rows["upper bound"]["accuracy"] == 1
+
+
+def test_features_are_refused_where_they_are_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--data=nowhere", "--output-dir=nowhere", "--use-cpu"]
+    assert main(["train", "clip", "--features=regions", *common]) != 0
+    assert "--features regions: clip reads no features of regions" in capsys.readouterr().err
+    assert main(["train", "visual_bert", "--val-features=regions", *common]) != 0
+    assert "--val-features has no effect without --val-data" in capsys.readouterr().err
+    assert main(["train", "visual_bert", "--features=a", "--cache-features=b", *common]) != 0
+    assert "--features and --cache-features exclude each other" in capsys.readouterr().err
