@@ -60,3 +60,12 @@ class Shards:
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean over processes, without gradient where there are several; the value itself where there is one."""
     return value if distributed.rank_and_world_size()[1] == 1 else distributed.mean(value)
+
+
+def mean_count(rows: Tensor) -> Tensor:
+    """How many of `rows` are True, float (), as the mean over processes, and 1 where none is anywhere.
+
+    A sum over this process's rows divided by it has as its mean over processes the mean over the rows of all.
+    """
+    count = mean_over_ranks(rows.sum().float())
+    return torch.where(count == 0, 1, count)

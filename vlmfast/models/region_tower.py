@@ -178,6 +178,7 @@ class ReadsRegions(Pretrainable):
 
     reads_features: ClassVar[bool] = True
     region_tower: RegionTower | None
+    _region_width: int
 
     def frozen_parts(self) -> tuple[nn.Module, ...]:
         """The image tower, where it is a pretrained one."""
@@ -194,7 +195,7 @@ class ReadsRegions(Pretrainable):
 
     def check_region_width(self, name: str) -> None:
         """ValueError where a field of the config, the width of features, is not the tower's."""
-        width = getattr(self.config, name)
+        width = self._region_width = getattr(self.config, name)
         if self.region_tower is not None and self.region_tower.width != width:
             raise ValueError(f"{name}: expected {self.region_tower.width}, the width of region_tower, got {width}")
 
@@ -204,11 +205,16 @@ class ReadsRegions(Pretrainable):
         """(B, R, D): the features that are given, or what the image tower sees in the boxes.
 
         Raises:
-            ValueError: what this model reads is missing.
+            ValueError: what this model reads is missing, or of another width.
         """
         if self.region_tower is None:
             if region_features is None:
                 raise ValueError("region_features: expected (B, R, D), got None; this model has no image tower")
+            if region_features.shape[-1] != self._region_width:
+                raise ValueError(
+                    f"region_features: expected (B, R, {self._region_width}), got {tuple(region_features.shape)}; "
+                    "--region-dim is the width of the features in --features"
+                )
             return region_features
         if pixel_values is None or region_boxes is None:
             raise ValueError(

@@ -230,6 +230,8 @@ def test_what_is_missing_or_useless_is_named() -> None:
         VisualBERTModel.build(VisualBERTOptions(text_width=100), tokenizer())
     with pytest.raises(ValueError, match=r"region_features: expected .B, R, D., got None"):
         make()(torch.zeros(1, 3).long())
+    with pytest.raises(ValueError, match=r"expected .B, R, 12., got .1, 2, 8.; --region-dim"):
+        make()(torch.zeros(1, 3).long(), region_features=torch.zeros(1, 2, 8))
     model = VisualBERTModel.build(VisualBERTOptions(text_width=64, text_layers=1, tower_width=16), tokenizer())
     with pytest.raises(ValueError, match="pixel_values and region_boxes"):
         model(torch.zeros(1, 3).long())

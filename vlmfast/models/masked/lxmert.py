@@ -46,6 +46,7 @@ from transformers.utils import ModelOutput
 from vlmfast.data import Sample, TokenMask
 from vlmfast.models.bert_weights import bert_sizes, copy_weights, load_bert, small
 from vlmfast.models.contract import JointFeatures
+from vlmfast.models.gathered import mean_count
 from vlmfast.models.masked_texts import Texts
 from vlmfast.models.region_batches import RegionCollator, generators_of, mask_regions, mismatch, take_regions
 from vlmfast.models.region_tower import NewRegions, ReadsRegions, RegionOptions, RegionTower
@@ -256,14 +257,15 @@ class LXMERTModel(ReadsRegions, transformers.LxmertPreTrainedModel):
             words, head = labels != IGNORED, self.cls.predictions
             terms["word_loss"] = linear_cross_entropy(
                 head.transform(states[words]), head.decoder.weight, labels[words], bias=head.bias, reduction="sum"
-            ) / words.sum().clamp(min=1)
+            ) / mean_count(words)
         logits = self.cls.seq_relationship(pooled)
         if matched is not None and self.config.task_matched:
-            terms["matching_loss"] = F.cross_entropy(logits.float(), matched)
+            each = F.cross_entropy(logits.float(), matched, reduction="sum")
+            terms["matching_loss"] = each / mean_count(torch.ones_like(matched))
         if self.obj_predict_head is not None:
             present = torch.ones(regions.shape[:2], device=regions.device) if region_mask is None else region_mask
             hidden = self.obj_predict_head.transform(regions)
-            share = self.config.visual_loss_normalizer / present.sum().clamp(min=1)
+            share = self.config.visual_loss_normalizer / mean_count(present)
             weighted = (("obj", object_labels, object_weights), ("attr", attribute_labels, attribute_weights))
             for (name, label, weight), term in zip(weighted, ("object_loss", "attribute_loss"), strict=True):
                 if label is not None and weight is not None and name in self.obj_predict_head.decoder_dict:
@@ -274,9 +276,8 @@ class LXMERTModel(ReadsRegions, transformers.LxmertPreTrainedModel):
                 each = F.smooth_l1_loss(found, seen.detach()[rows].float(), reduction="sum")
                 terms["feature_loss"] = share * each / self.config.visual_feat_dim
         if answer is not None and self.answer_head is not None:
-            asked = answer != IGNORED
             each = F.cross_entropy(self.answer_head(pooled).float(), answer, ignore_index=IGNORED, reduction="sum")
-            terms["answer_loss"] = each / asked.sum().clamp(min=1)
+            terms["answer_loss"] = each / mean_count(answer != IGNORED)
         loss = torch.stack(list(terms.values())).sum() if terms else None
         return LXMERTOutput(loss=loss, matching_logits=logits, **terms)
 

@@ -45,7 +45,7 @@ from transformers.utils import ModelOutput
 from vlmfast.data import Sample, TokenMask
 from vlmfast.models.bert_weights import bert_sizes, copy_weights, load_bert, small
 from vlmfast.models.contract import JointFeatures
-from vlmfast.models.gathered import mean_over_ranks
+from vlmfast.models.gathered import mean_count
 from vlmfast.models.masked.vilbert_config import ViLBERTConfig, ViLBERTOptions
 from vlmfast.models.masked.vilbert_parts import Heads, Streams, with_whole_image
 from vlmfast.models.masked_texts import Texts
@@ -202,7 +202,7 @@ class ViLBERTModel(ReadsRegions, bert.BertPreTrainedModel):
             rows = labels != IGNORED
             hidden = self.cls.predictions.transform(words[rows])
             terms["word_loss"] = language_model_loss(
-                hidden, self.cls.predictions.decoder, labels[rows], shift=False, num_items_in_batch=_count(rows)
+                hidden, self.cls.predictions.decoder, labels[rows], shift=False, num_items_in_batch=mean_count(rows)
             )
         if region_targets is not None and masked_regions is not None:
             terms["region_loss"] = self._region_loss(regions[:, 1:], masked_regions, region_targets)
@@ -297,7 +297,7 @@ class ViLBERTModel(ReadsRegions, bert.BertPreTrainedModel):
                 f"region_targets: expected {self.config.v_target_size} classes (v_target_size), got {targets.shape[2]}"
             )
         found = head(states[masked]).float().log_softmax(dim=1)
-        return F.kl_div(found, targets[masked].float(), reduction="sum") / _count(masked)
+        return F.kl_div(found, targets[masked].float(), reduction="sum") / mean_count(masked)
 
 
 def phrase_texts(input_ids: Tensor, attention_mask: Tensor | None, phrase_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,12 +332,6 @@ def phrase_loss(scores: Tensor, overlap: Tensor, phrase_mask: Tensor, region_mas
         scores[counted].float(), (overlap >= ENOUGH)[counted].float(), reduction="sum"
     )
     return found / there.sum().clamp(min=1)
-
-
-def _count(rows: Tensor) -> Tensor:
-    """Of all processes' True, the mean over processes; at least a little, so that a sum of none is 0."""
-    count = mean_over_ranks(rows.sum().float())
-    return torch.where(count == 0, 1, count)
 
 
 @dataclass

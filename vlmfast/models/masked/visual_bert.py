@@ -49,6 +49,7 @@ from transformers.utils import ModelOutput
 from vlmfast.data import Sample, TokenMask
 from vlmfast.models.bert_weights import bert_sizes, copy_weights, load_bert, small
 from vlmfast.models.contract import JointFeatures
+from vlmfast.models.gathered import mean_count
 from vlmfast.models.masked_texts import Text, Texts
 from vlmfast.models.region_batches import RegionCollator, generators_of, mismatch
 from vlmfast.models.region_tower import NewRegions, ReadsRegions, RegionOptions, RegionTower
@@ -238,10 +239,13 @@ class VisualBERTModel(ReadsRegions, transformers.VisualBertPreTrainedModel):
         if labels is not None:
             words = labels != -100
             hidden = self.cls.predictions.transform(states[:, : labels.shape[1]][words])
-            terms["word_loss"] = language_model_loss(hidden, self.cls.predictions.decoder, labels[words], shift=False)
+            terms["word_loss"] = language_model_loss(
+                hidden, self.cls.predictions.decoder, labels[words], shift=False, num_items_in_batch=mean_count(words)
+            )
         logits = self.cls.seq_relationship(self.visual_bert.pooler(states))
         if matched is not None:
-            terms["matching_loss"] = F.cross_entropy(logits.float(), matched)
+            each = F.cross_entropy(logits.float(), matched, reduction="sum")
+            terms["matching_loss"] = each / mean_count(torch.ones_like(matched))
         loss = torch.stack(list(terms.values())).sum() if terms else None
         return VisualBERTOutput(loss=loss, matching_logits=logits, **terms)
 
