@@ -48,8 +48,9 @@ class TestBoxes:
 def greedy(boxes: Tensor, scores: Tensor, limit: float) -> list[int]:
     """NMS in O(n^2): from the best, of equals the first, drop what overlaps a kept one by more than the limit."""
     kept: list[int] = []
+    iou = box_iou(boxes, boxes).tolist()
     for place in sorted(range(len(boxes)), key=lambda place: (-float(scores[place]), place)):
-        if all(float(box_iou(boxes[place][None], boxes[other][None])) <= limit for other in kept):
+        if all(iou[place][other] <= limit for other in kept):
             kept.append(place)
     return kept
 
