@@ -338,6 +338,22 @@ def test_it_is_made_of_a_language_model_and_a_clip(tmp_path: Path) -> None:
     assert model.generate(torch.tensor([[len(WORDS)]]), pixel_values=PIXELS[:1]).shape[1] <= 3
 
 
+def test_clip_may_be_transformers_own(tmp_path: Path) -> None:
+    """With its tokenizer beside it; its images have one size."""
+    seeing, tokenizer = clip(), load_tokenizer()
+    configs = {name: getattr(seeing.config, name).to_dict() for name in ("vision_config", "text_config")}
+    own = transformers.CLIPModel(transformers.CLIPConfig(**configs, projection_dim=32)).eval()
+    own.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = MAGiCModel.build(MAGiCOptions(clip=str(tmp_path), text_width=64, text_layers=1), tokenizer)
+    assert model.config.beta == 2
+    tokens = Collator(tokenizer, max_length=24).tokens(["a red square"])
+    expected = own.text_projection(own.text_model(**tokens).pooler_output)
+    torch.testing.assert_close(model.clip.get_text_features(**tokens), F.normalize(expected, dim=1))
+    with pytest.raises(ValueError, match="--image-size 32 has no effect: the image tower has its own, 16"):
+        MAGiCModel.build(MAGiCOptions(clip=str(tmp_path), image_size=32, text_width=64, text_layers=1), tokenizer)
+
+
 def test_wrong_settings(tmp_path: Path) -> None:
     for field, value, message in (
         ("k", 0, "k: expected a positive integer, got 0"),

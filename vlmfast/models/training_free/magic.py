@@ -176,7 +176,9 @@ class MAGiCModel(Pretrainable, PreTrainedModel):
             settings["clip_config"] = clip.config
         else:
             settings |= {"beta": 0.0, "image_size": options.image_size}
-        return cls(cls.config_class(**{**settings, **overrides}), language, clip)
+        made = cls(cls.config_class(**{**settings, **overrides}), language, clip)
+        made.image_size(options)  # refuses a size that is not clip's
+        return made
 
     def frozen_parts(self) -> tuple[nn.Module, ...]:
         """CLIP."""
