@@ -204,7 +204,7 @@ class FIBERModel(Pretrainable, PreTrainedModel):
         settings = {
             "hidden_size": text.config.hidden_size if text is not None else options.width,
             "num_fused_layers": options.fused_layers,
-            "queued_pairs": options.queued_pairs,
+            "queued_pairs": options.queued_pairs or 0,
             "queued_tokens": options.max_length,
             **overrides,
         }

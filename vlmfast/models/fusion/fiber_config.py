@@ -119,7 +119,10 @@ class FIBEROptions(ImageTextOptions):
     width: int = field(default=192, metadata={"help": "Width of RoBERTa, a multiple of 64."})
     layers: int = field(default=4, metadata={"help": "Layers of RoBERTa."})
     fused_layers: int = field(default=3, metadata={"help": "Layers of RoBERTa and blocks of Swin that are fused."})
-    queued_pairs: int = field(default=256, metadata={"help": "Pairs of earlier batches among which negatives are."})
+    queued_pairs: int | None = field(
+        default=None,
+        metadata={"help": "Pairs of earlier batches that are negatives too; none by default. The paper's is 4096."},
+    )
 
     new_model: ClassVar[tuple[str, ...]] = (
         "vision_tower",
