@@ -125,7 +125,7 @@ def test_the_collator_gives_all_captions_and_the_dataset_their_weights(tmp_path:
     assert batch["input_ids"].tolist() == [[BEGIN], [BEGIN]]
     assert "labels" not in batch
     assert "references" not in model.collator(options, tokenizer, train=False)([dataset[0]])
-    model.before_training(dataset, tokenizer, options)
+    model.training_data(options, dataset, tokenizer)
     direct = CiderReward([["red square", "a red thing"], ["green square number 1"], ["blue square number 2"]])
     said, truth = ["a red square"], [["red square", "a red thing"]]
     assert model.self_critical._reward(said, truth).item() == direct(said, truth).item() > 0

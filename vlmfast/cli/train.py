@@ -131,8 +131,6 @@ def run(arguments: Sequence[str]) -> int:
         model, dataset, collator = task.trainable(
             model, data_args.data, tokenizer, options, features=data_args.features, seed=args.seed
         )
-    if hasattr(model, "before_training"):
-        model.before_training(dataset, tokenizer, options)
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(dataset) < batch:
         raise ValueError(f"--data has {len(dataset)} samples, fewer than one batch of {batch}")
@@ -253,7 +251,7 @@ def _training_data(model: Any, tokenizer: Any, options: Any, data_args: DataArgu
         dataset.transform = None
         args.distributed_state.wait_for_everyone()
     if hasattr(model, "training_data"):
-        dataset = model.training_data(options, dataset)
+        dataset = model.training_data(options, dataset, tokenizer)
     return dataset, model.collator(options, tokenizer, train=True)
 
 

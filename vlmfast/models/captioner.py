@@ -217,10 +217,11 @@ class Captioner(Pretrainable, PreTrainedModel):
         most = None if self.vision is not None else self.config.max_regions
         return CaptionCollator(tokenizer, begin=begin, stop=stop, kind=kind, max_length=max_length, max_regions=most)
 
-    def before_training(self, dataset: Any, tokenizer: Any, options: Any) -> None:
-        """Counts the n-grams of all captions of the training samples, where training is self-critical."""
+    def training_data(self, options: Any, dataset: Any, tokenizer: Any) -> Any:
+        """The dataset as it is, once the n-grams of its captions are counted, where training is self-critical."""
         if options.self_critical:
             self.self_critical = SelfCritical.of_dataset(dataset, tokenizer, length=options.max_length)
+        return dataset
 
     def metrics(self) -> dict[str, float]:
         """Of the last batch of self-critical training, the mean CIDEr of the beams."""
@@ -297,12 +298,12 @@ class Captioner(Pretrainable, PreTrainedModel):
             num_items_in_batch: what the sum over tokens is divided by; None: how many are predicted.
         Raises:
             ValueError: images are given twice or not at all, L is more than the language model's positions, or
-                references come without `before_training`.
+                references come without `training_data`.
         """
         images = self.image_states(pixel_values, image_features, image_mask)
         if references is not None:
             if self.self_critical is None:
-                raise ValueError("references: expected a model that before_training was called of, got one without")
+                raise ValueError("references: expected a model that training_data was called of, got one without")
             given = {"pixel_values": pixel_values, "image_features": image_features, "image_mask": image_mask}
             loss = self.self_critical.loss(self, input_ids, attention_mask, references, images, **given)
             return CaptionerOutput(loss=loss)

@@ -9,10 +9,9 @@ Methods that only some models have are not here. Whoever wants one asks whether 
     frozen_features(**batch)            what a frozen part makes of a batch, as keyword arguments of forward that stand
                                         for the inputs it has read; no gradient; --cache-features keeps them on disk
     frozen_fingerprint()                a hash of what decides `frozen_features`
-    training_data(options, dataset)     what to pretrain on, made of the ImageTextDataset of --data: with other data
-                                        beside it, or after a look at it; called once, before the first step
+    training_data(options, dataset, tokenizer)     what to pretrain on, made of the ImageTextDataset of --data: with
+                                        other data beside it, or after a look at it; called once, before the first step
     parameter_groups(lr, weight_decay)  for the optimizer, where layers have learning rates of their own
-    before_training(dataset, tokenizer, options)       a look at the training samples, once
     after_optimizer_step()              clamps
     metrics()                           name -> float, logged beside the loss: temperature, gates
     regions(images, least=, most=, threshold=)    of whole images by name what `vlmfast regions` keeps of each: "boxes",

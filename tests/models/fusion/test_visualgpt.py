@@ -320,5 +320,5 @@ def test_wrong_configs_and_batches_name_what_is_wrong() -> None:
         model(**captions(), pixel_values=pixels())
     with pytest.raises(ValueError, match="at most the language model's 48 positions"):
         model(torch.ones(3, 49, dtype=torch.long), **regions())
-    with pytest.raises(ValueError, match="references: expected a model that before_training was called of"):
+    with pytest.raises(ValueError, match="references: expected a model that training_data was called of"):
         model(torch.ones(3, 1, dtype=torch.long), references=[["a"]] * 3, **regions())

@@ -174,7 +174,7 @@ class FasterRCNNModel(Pretrainable, PreTrainedModel):
             chosen |= {"image_size": options.image_size, "longer_size": round(LONGER * options.image_size)}
         return chosen
 
-    def training_data(self, options: Any, dataset: Any) -> Any:
+    def training_data(self, options: Any, dataset: Any, tokenizer: Any = None) -> Any:
         """The dataset as it is, once the model has a class for each name in it, and an attribute for each.
 
         A new model's classes are the most frequent names, in alphabetical order. A pretrained one keeps its own, and

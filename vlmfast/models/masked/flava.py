@@ -99,7 +99,7 @@ class FLAVAModel(Pretrainable, FLAVATowers):
             model.image_codebook.load_state_dict(codebook.state_dict())
         return model
 
-    def training_data(self, options: Any, dataset: Any) -> Any:
+    def training_data(self, options: Any, dataset: Any, tokenizer: Any = None) -> Any:
         """The pairs, with --image-data and --text-data in turn; a new codebook is made of the pairs' images first."""
         if self.codebook_is_new and self.image_codebook is not None:
             plain = data.ImagesAlone(dataset.source, transform=self.transform(options, train=False), seed=dataset.seed)
