@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -244,6 +245,37 @@ class PretrainingTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but gains, biases and scalars, which have fewer than two dimensions."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As Trainer's, the weights by the names that they have in the model.
+
+        transformers writes those of many towers (ViT, Swin, DINOv2) by the names of older versions, which
+        from_pretrained knows, but a Trainer that resumes does not.
+        """
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if "save_original_format" not in signature(PreTrainedModel.save_pretrained).parameters or not isinstance(
+            model, PreTrainedModel
+        ):
+            super()._save(output_dir, state_dict)
+            return
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As Trainer's, but weights of a checkpoint that have no place in the model end the run: others would be new.
+
+        Raises:
+            ValueError: there are such weights.
+        """
+        if load_result.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint has weights that {type(self.model).__name__} has no place for, as of another version: "
+                f"{sorted(load_result.unexpected_keys)[:5]}"
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

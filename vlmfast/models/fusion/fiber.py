@@ -37,7 +37,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -216,15 +215,6 @@ class FIBERModel(Pretrainable, PreTrainedModel):
                 weights = tower.state_dict()
                 own.load_state_dict({name: weights[name] for name in own.state_dict()})
         return model.eval()
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers', the weights by the names that they have here.
-
-        By default it writes Swin's by older names, which a Trainer that resumes does not find.
-        """
-        if "save_original_format" in signature(PreTrainedModel.save_pretrained).parameters:
-            kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(*args, **kwargs)
 
     def collator(self, options: Any, tokenizer: Any, *, train: bool) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """Image and caption; in training with masked tokens, and the numbers by which wrong pairs are drawn."""
