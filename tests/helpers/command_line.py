@@ -19,22 +19,14 @@ from vlmfast.models import model_class
 
 PAIRS = 40
 COLOURS = ("red", "green", "blue", "black", "yellow", "pink", "grey", "brown")
-TINY = {
-    "image_size": 16,
-    "patch_size": 8,
-    "vision_width": 64,
-    "vision_layers": 1,
-    "text_width": 64,
-    "text_layers": 1,
-    "region_layers": 1,
-}
+TINY = {"image_size": 16, "patch_size": 8, "vision_width": 64, "vision_layers": 1, "text_width": 64, "text_layers": 1}
 STEPS = 12
 
 
 def tiny(name: str, **sizes: int) -> dict[str, int]:
     """The sizes of a small model, of those that this model has."""
     options = model_class(name).Options()
-    return {key: value for key, value in {**TINY, **sizes}.items() if hasattr(options, key)}
+    return {key: value for key, value in {**TINY, "region_layers": 1, **sizes}.items() if hasattr(options, key)}
 
 
 def write_pairs(folder: Path, count: int = PAIRS) -> Path:

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from processes import run_processes
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmfast.data import load_tokenizer
@@ -254,7 +253,6 @@ def test_an_empty_queue_is_no_negative_and_checkpoints_hold_a_full_one(tmp_path:
     model = filled(model, 2, 3)
     model.save_pretrained(tmp_path)
     again = load(FIBERModel, str(tmp_path))
-    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()  # which a Trainer looks for
     assert torch.equal(model(**batch()).loss, again(**batch()).loss)
     assert not torch.equal(model(**batch()).loss, without(**batch()).loss)
     filled(model, 4)
