@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -26,21 +29,37 @@ def losses(*command: str) -> list[float]:
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [float(loss) for loss in re.findall(r"^step \d+: loss (\S+)$", done.stdout, re.MULTILINE)]
+    return found_in(done.stdout)
+
+
+def here(*arguments: str) -> list[float]:
+    """In this process."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(printed):
+        monkeypatch.setattr("sys.argv", [PROGRAM, *arguments])
+        runpy.run_path(PROGRAM, run_name="__main__")
+    return found_in(printed.getvalue())
+
+
+def found_in(printed: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"^step \d+: loss (\S+)$", printed, re.MULTILINE)]
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[float]:
-    found = losses(sys.executable, PROGRAM, "--chunk", "64")
+    found = here("--chunk", "64")
     assert len(found) == 6
     assert found[-1] < found[0] - 0.1
     return found
 
 
-@pytest.mark.parametrize("how", ["one process", "ddp", "fsdp", "accelerate"])
+def test_losses_in_chunks_are_those_of_one(expected: list[float]) -> None:
+    assert here("--chunk", "7") == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "accelerate"])
 def test_losses_are_those_of_one_process_and_one_chunk(expected: list[float], how: str) -> None:
     launch = {
-        "one process": [sys.executable, PROGRAM],
         "ddp": [*TORCHRUN, PROGRAM, "--how", "ddp"],
         "fsdp": [*TORCHRUN, PROGRAM, "--how", "fsdp"],
         "accelerate": [
