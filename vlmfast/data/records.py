@@ -118,6 +118,11 @@ def parse_text(plain: bytes | None, structured: bytes | None) -> Text:
     return text._replace(caption=caption, captions=())
 
 
+def captions_of(sample: Any) -> list[str]:
+    """All true captions of a sample: those that its record lists, or else its one caption."""
+    return list(text_of(sample.record).captions) or [sample.caption]
+
+
 def text_of(record: dict[str, Any] | None) -> Text:
     """A record's caption, category, keywords and captions; the record itself stays as it is."""
     if record is None:

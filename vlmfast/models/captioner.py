@@ -26,7 +26,7 @@ from vlmfast.models.captioner_batches import CaptionCollator
 from vlmfast.models.captioner_config import CaptionerConfig, CaptionerOptions
 from vlmfast.models.contract import Pretrainable, vision_fingerprint
 from vlmfast.models.image_tower import ImageTower, load_image_tower, small_vit
-from vlmfast.models.language_model import load_language_model, small_gpt2, stop_token
+from vlmfast.models.language_model import check_length, load_language_model, position_limit, small_gpt2, stop_token
 from vlmfast.models.self_critical import SelfCritical
 from vlmfast.models.towers import normalisation, tower_width, unread_parameters
 from vlmfast.nn.linear_cross_entropy import language_model_loss
@@ -185,7 +185,7 @@ class Captioner(Pretrainable, PreTrainedModel):
     @property
     def max_text_length(self) -> int:
         """Tokens of a caption at most, with its begin and end."""
-        return self._positions() or 2**20
+        return position_limit(self.config.text_config) or 2**20
 
     def transform(self, options: Any, *, train: bool) -> Any:
         """As Pretrainable's; no image is read in training where features of regions are."""
@@ -317,7 +317,7 @@ class Captioner(Pretrainable, PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None, images: Tensor, image_mask: Tensor | None
     ) -> tuple[Tensor, ...]:
         """What each of the decoder's heads reads, (B, L, D); arguments as `forward`, `images` of `image_states`."""
-        self._check_length(input_ids.shape[-1])
+        check_length(self.config.text_config, input_ids.shape[-1])
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         found: tuple[Tensor, ...] = self.decoder.states(
             input_ids,
@@ -351,7 +351,9 @@ class Captioner(Pretrainable, PreTrainedModel):
             ValueError: as `forward`; or prompt and new tokens are more than the language model's positions.
         """
         length = input_ids.shape[1]
-        self._check_length(length + max_new_tokens - 1, f" for the prompt and {max_new_tokens} new tokens")
+        check_length(
+            self.config.text_config, length + max_new_tokens - 1, f" for the prompt and {max_new_tokens} new tokens"
+        )
         stop, filler = self.config.stop_token_id, self.config.filler_token_id
         settings = {
             "do_sample": False,
@@ -368,14 +370,6 @@ class Captioner(Pretrainable, PreTrainedModel):
             **settings,
         )
         return found[:, length:]
-
-    def _check_length(self, length: int, more: str = "") -> None:
-        most = self._positions()
-        if most is not None and length > most:
-            raise ValueError(f"input_ids: expected at most the language model's {most} positions{more}, got {length}")
-
-    def _positions(self) -> int | None:
-        return getattr(self.config.text_config, "max_position_embeddings", None)
 
     # Initial weights of what is in no tower
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.data.dataset import Sample
-from vlmfast.data.records import text_of
+from vlmfast.data.records import captions_of
 from vlmfast.data.text import usable
 from vlmfast.models.region_batches import RegionCollator
 from vlmfast.nn.prefix import IGNORED
@@ -90,8 +90,3 @@ class CaptionCollator:
         if first.image is None:
             raise ValueError(f"sample {first.key!r}: expected an image, or the image tower's features, got none")
         return {"pixel_values": torch.stack([sample.image for sample in samples if sample.image is not None])}
-
-
-def captions_of(sample: Sample) -> list[str]:
-    """All true captions of a sample."""
-    return list(text_of(sample.record).captions) or [sample.caption]

@@ -123,6 +123,29 @@ def output_head(model: PreTrainedModel) -> nn.Module:
     return head
 
 
+def position_limit(config: Any) -> int | None:
+    """How many tokens a language model of a config reads at most, None where it does not say."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def check_length(config: Any, length: int, more: str = "") -> None:
+    """ValueError where a language model of a config has fewer positions than `length`.
+
+    Args:
+        more: what is counted beside input_ids, for the message.
+    """
+    most = position_limit(config)
+    if most is not None and length > most:
+        raise ValueError(f"input_ids: expected at most the language model's {most} positions{more}, got {length}")
+
+
+def end_tokens(model: PreTrainedModel, stop: int | None) -> list[int]:
+    """The tokens that end what is generated: `stop` and the language model's own, each once."""
+    own = model.config.get_text_config().eos_token_id
+    ends = [stop, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(token for token in ends if token is not None))
+
+
 def stop_token(tokenizer: Any, text: str) -> int:
     """The token that ends a caption: `text`, or the tokenizer's end token where that is empty.
 

@@ -32,10 +32,13 @@ from vlmfast.models.image_tower import ImageTower, load_image_tower, small_vit
 from vlmfast.models.language_model import (
     absolute,
     check_language_model,
+    check_length,
+    end_tokens,
     last_hidden_states,
     load_language_model,
     new_language_model,
     output_head,
+    position_limit,
     small_gpt2,
     stop_token,
 )
@@ -256,7 +259,7 @@ class PrefixModel(Pretrainable, PreTrainedModel):
     @property
     def max_text_length(self) -> int:
         """Tokens of a text at most, beside one image."""
-        return (self._positions() or 2**20) - self.config.prefix_length
+        return (position_limit(self.config.text_config) or 2**20) - self.config.prefix_length
 
     def get_input_embeddings(self) -> nn.Module:
         """Of the language model's tokens."""
@@ -271,14 +274,16 @@ class PrefixModel(Pretrainable, PreTrainedModel):
         return PrefixCollator(
             tokenizer,
             image_length=self.config.prefix_length,
-            positions=self._positions(),
+            positions=position_limit(self.config.text_config),
             max_length=options.max_length,
             stop=stop,
         )
 
     def prompt_collator(self, options: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """Images and prompt; several images where `<image>` stands in the caption. Prompts are not cut."""
-        return PrefixCollator(tokenizer, image_length=self.config.prefix_length, positions=self._positions())
+        return PrefixCollator(
+            tokenizer, image_length=self.config.prefix_length, positions=position_limit(self.config.text_config)
+        )
 
     def frozen_features(self, pixel_values: Tensor, **others: Tensor) -> dict[str, Tensor]:
         """What the frozen image tower makes of images, by the name that `forward` has for it.
@@ -357,12 +362,12 @@ class PrefixModel(Pretrainable, PreTrainedModel):
             ValueError: as `forward`; or prompt and new tokens are more than the language model's positions.
         """
         read = self._assemble(input_ids, attention_mask, None, pixel_values, image_features, left=True)
-        self._check_length(
-            read.inputs_embeds.shape[1] + max_new_tokens - 1, f" for the prompt and {max_new_tokens} new tokens"
+        check_length(
+            self.config.text_config,
+            read.inputs_embeds.shape[1] + max_new_tokens - 1,
+            f" for the prompt and {max_new_tokens} new tokens",
         )
-        own = self.language_model.config.get_text_config().eos_token_id
-        ends = [self.config.stop_token_id, *(own if isinstance(own, list) else [own])]
-        ends = list(dict.fromkeys(token for token in ends if token is not None))
+        ends = end_tokens(self.language_model, self.config.stop_token_id)
         filler = self.config.filler_token_id
         settings = {
             "do_sample": False,
@@ -387,7 +392,7 @@ class PrefixModel(Pretrainable, PreTrainedModel):
         *,
         left: bool = False,
     ) -> Assembled:
-        self._check_length(input_ids.shape[-1])
+        check_length(self.config.text_config, input_ids.shape[-1])
         embedding = self.get_input_embeddings()
         if pixel_values is not None:
             if image_features is not None:
@@ -398,16 +403,6 @@ class PrefixModel(Pretrainable, PreTrainedModel):
         else:
             images = self.mapper(image_features.to(next(self.mapper.parameters()).dtype))
         return assemble(embedding, input_ids, images, attention_mask, labels, left=left)
-
-    def _check_length(self, length: int, more: str = "") -> None:
-        positions = self._positions()
-        if positions is not None and length > positions:
-            raise ValueError(
-                f"input_ids: expected at most the language model's {positions} positions{more}, got {length}"
-            )
-
-    def _positions(self) -> int | None:
-        return getattr(self.config.text_config, "max_position_embeddings", None)
 
     def _embedding_size(self) -> int:
         text = self.config.text_config

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from vlmfast.data import Sample
+from vlmfast.data.records import captions_of
 
+ENOUGH = 0.5
+"""The overlap (IoU) with a phrase's box from which on a region is one of the phrase's."""
 ZEROED = -1
 """In `region_source`: zeros stand in this place."""
 
@@ -251,14 +254,9 @@ def mismatch(
     texts, matched = [], []
     for sample, generator in zip(samples, generators, strict=True):
         wrong, place = generator.random(2)
-        own = {sample.caption, *_captions(sample)}
+        own = {sample.caption, *captions_of(sample)}
         others = [each.caption for each in samples if each.key != sample.key and each.caption not in own]
         swapped = bool(others) and wrong < probability
         texts.append(others[int(place * len(others))] if swapped else sample.caption)
         matched.append(int(not swapped))
     return Captions(texts, torch.tensor(matched))
-
-
-def _captions(sample: Sample) -> list[str]:
-    found: Any = sample.record.get("captions")
-    return [text.strip() for text in found if isinstance(text, str)] if isinstance(found, list) else []

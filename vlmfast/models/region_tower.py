@@ -177,6 +177,8 @@ class ReadsRegions(Pretrainable):
     """
 
     reads_features: ClassVar[bool] = True
+    matched_class: ClassVar[int] = 1
+    """The column of `matching_logits` that says that text and image belong together."""
     region_tower: RegionTower | None
     _region_width: int
 
@@ -193,11 +195,25 @@ class ReadsRegions(Pretrainable):
         side = None if self.region_tower is None else self.config.image_size
         return RegionCollator(side, self.config.grid, options.max_regions)
 
-    def check_region_width(self, name: str) -> None:
-        """ValueError where a field of the config, the width of features, is not the tower's."""
-        width = self._region_width = getattr(self.config, name)
-        if self.region_tower is not None and self.region_tower.width != width:
-            raise ValueError(f"{name}: expected {self.region_tower.width}, the width of region_tower, got {width}")
+    def new_region_tower(self, name: str) -> RegionTower | None:
+        """The tower that the config asks for.
+
+        Raises:
+            ValueError: the field `name` of the config, the width of features, is not the tower's.
+        """
+        self._region_width = int(getattr(self.config, name))
+        if self.config.region_tower is None:
+            return None
+        tower = RegionTower(self.config.region_tower)
+        if tower.width != self._region_width:
+            raise ValueError(f"{name}: expected {tower.width}, the width of region_tower, got {self._region_width}")
+        return tower
+
+    def match_scores(self, **batch: Tensor) -> Tensor:
+        """(B,) log-probability that text and image belong together, of the head of pre-training."""
+        logits = self(**batch).matching_logits  # type: ignore[operator]
+        found: Tensor = logits.float().log_softmax(dim=1)[:, self.matched_class]
+        return found
 
     def region_features_of(
         self, region_features: Tensor | None, pixel_values: Tensor | None, region_boxes: Tensor | None

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from vlmfast.data import ImageTextDataset, eval_transform
-from vlmfast.data.records import text_of
+from vlmfast.data.records import captions_of
 from vlmfast.tasks.batches import batches, cycle, seen_as
 from vlmfast.tasks.caption_metrics import caption_scores, has_java, tokenize
 from vlmfast.tasks.generation import GenerationOptions, generate
@@ -92,11 +92,6 @@ class Captioning(Task):
             notes=f"all times 100; words by {tokenizer}",
             details={"tokenizer": tokenizer, "captions": listed},
         )
-
-
-def captions_of(sample: Any) -> list[str]:
-    """All true captions of a sample."""
-    return list(text_of(sample.record).captions) or [sample.caption]
 
 
 def nearest_captions(run: Run, train_data: Any) -> dict[int, str]:

@@ -284,7 +284,7 @@ def test_starts_from_a_bert_and_loads_what_it_saved(tmp_path: Path) -> None:
     folder = write_bert(tmp_path / "bert", vocab_size=len(words))
     options = ViLBERTOptions(text_tower=str(folder), region_dim=DIM, region_classes=CLASSES, region_width=64)
     model = ViLBERTModel.build(options, words)
-    source = load_bert_weights(folder)
+    source = load_region_text(folder)
     own = model.state_dict()
     for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.1.attention.self.query.weight"):
         assert torch.equal(own[name], source[name])
@@ -301,7 +301,7 @@ def test_starts_from_a_bert_and_loads_what_it_saved(tmp_path: Path) -> None:
     assert torch.equal(again.bert.v_pooler.dense.weight, model.bert.v_pooler.dense.weight)
 
 
-def load_bert_weights(folder: Path) -> dict[str, Tensor]:
+def load_region_text(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")

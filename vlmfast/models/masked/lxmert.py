@@ -44,12 +44,13 @@ from transformers.models.lxmert import modeling_lxmert as original
 from transformers.utils import ModelOutput
 
 from vlmfast.data import Sample, TokenMask
-from vlmfast.models.bert_weights import bert_sizes, copy_weights, load_bert, small
+from vlmfast.data.text import usable
 from vlmfast.models.contract import JointFeatures
 from vlmfast.models.gathered import mean_count
 from vlmfast.models.masked_texts import Texts
 from vlmfast.models.region_batches import RegionCollator, generators_of, mask_regions, mismatch, take_regions
-from vlmfast.models.region_tower import NewRegions, ReadsRegions, RegionOptions, RegionTower
+from vlmfast.models.region_text import NewText, RegionTextOptions
+from vlmfast.models.region_tower import NewRegions, ReadsRegions
 from vlmfast.ops import linear_cross_entropy
 
 IGNORED = -100
@@ -89,11 +90,9 @@ class LXMERTConfig(transformers.LxmertConfig):
 
 
 @dataclass
-class LXMERTOptions(RegionOptions):
+class LXMERTOptions(RegionTextOptions):
     """A new BERT, or a pretrained one, the layers of regions and the cross layers."""
 
-    text_tower: str | None = field(default=None, metadata={"help": "Name or folder of a pretrained BERT."})
-    text_width: int = field(default=192, metadata={"help": "Width of new layers, a multiple of 64."})
     text_layers: int = field(default=3, metadata={"help": "Layers of words; of a pretrained BERT the first ones."})
     region_layers: int = field(default=2, metadata={"help": "Layers of regions."})
     cross_layers: int = field(default=2, metadata={"help": "Layers in which words and regions read each other."})
@@ -102,23 +101,13 @@ class LXMERTOptions(RegionOptions):
         metadata={"help": "File with an answer a line; pre-training then answers the questions of the records too."},
     )
 
+    text_flags: ClassVar[tuple[str, ...]] = ("text_width",)
     new_model: ClassVar[tuple[str, ...]] = (
-        *RegionOptions.new_model,
-        "text_tower",
-        "text_width",
-        "text_layers",
+        *RegionTextOptions.new_model,
         "region_layers",
         "cross_layers",
         "answers",
     )
-
-    def check(self) -> None:
-        super().check()
-        if self.text_tower:
-            self.refuse(("text_width",), f"--text-tower {self.text_tower}")
-
-    def tokenizer_source(self) -> str | None:
-        return self.text_tower or self.pretrained
 
 
 @dataclass
@@ -151,8 +140,7 @@ class LXMERTModel(ReadsRegions, transformers.LxmertPreTrainedModel):
 
     def __init__(self, config: LXMERTConfig) -> None:
         super().__init__(config)
-        self.region_tower = None if config.region_tower is None else RegionTower(config.region_tower)
-        self.check_region_width("visual_feat_dim")
+        self.region_tower = self.new_region_tower("visual_feat_dim")
         self.lxmert = transformers.LxmertModel(config)
         self.cls = original.LxmertPreTrainingHeads(config)
         self.obj_predict_head = original.LxmertVisualObjHead(config) if config.task_obj_predict else None
@@ -164,16 +152,12 @@ class LXMERTModel(ReadsRegions, transformers.LxmertPreTrainedModel):
 
     @classmethod
     def create(cls, options: LXMERTOptions, tokenizer: Any, **overrides: Any) -> LXMERTModel:
-        source = None if options.text_tower is None else load_bert(options.text_tower)
-        if source is not None:
-            sizes = bert_sizes(source.config)
-            if options.text_layers > source.config.num_hidden_layers:
-                raise ValueError(
-                    f"--text-layers: expected at most the {source.config.num_hidden_layers} of --text-tower, got "
-                    f"{options.text_layers}"
-                )
-        else:
-            sizes = small(options.text_width, len(tokenizer), options.max_length)
+        text = NewText(options, tokenizer)
+        if text.source is not None and options.text_layers > text.source.config.num_hidden_layers:
+            raise ValueError(
+                f"--text-layers: expected at most the {text.source.config.num_hidden_layers} of --text-tower, got "
+                f"{options.text_layers}"
+            )
         layers = {"l_layers": options.text_layers, "r_layers": options.region_layers, "x_layers": options.cross_layers}
         regions = NewRegions(options)
         answers = None if options.answers is None else read_answers(options.answers)
@@ -184,11 +168,9 @@ class LXMERTModel(ReadsRegions, transformers.LxmertPreTrainedModel):
             "answers": answers,
             "num_qa_labels": len(answers or ()) or 1,
         }
-        model = cls(LXMERTConfig(**{**sizes, **layers, **regions.settings, **own, **overrides}))
+        model = cls(LXMERTConfig(**{**text.sizes, **layers, **regions.settings, **own, **overrides}))
         regions.fill(model.region_tower)
-        if source is not None:
-            copy_weights(model.lxmert, source.bert)
-            copy_weights(model.cls, source.cls)
+        text.fill(model.lxmert, model.cls)
         return model
 
     def get_output_embeddings(self) -> Any:
@@ -281,12 +263,6 @@ class LXMERTModel(ReadsRegions, transformers.LxmertPreTrainedModel):
         loss = torch.stack(list(terms.values())).sum() if terms else None
         return LXMERTOutput(loss=loss, matching_logits=logits, **terms)
 
-    def match_scores(self, **batch: Tensor) -> Tensor:
-        """(B,) log-probability that text and image belong together, of the head of pre-training."""
-        logits = self(**batch).matching_logits
-        found: Tensor = logits.float().log_softmax(dim=1)[:, 1]
-        return found
-
     def joint_features(self, **batch: Any) -> JointFeatures:
         """`pooled` is tanh(P h_0), of the words' first state."""
         states, regions, pooled, _ = self._read(**batch)
@@ -336,7 +312,7 @@ class LXMERTCollator:
     answers: Sequence[str] | None = None
 
     def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
-        kept = [sample for sample in samples if sample is not None]
+        kept = usable(samples)
         batch = self.regions(kept)
         if self.mask is None:
             return batch | self.texts([sample.caption for sample in kept])

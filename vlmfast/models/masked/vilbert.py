@@ -43,20 +43,18 @@ from transformers.models.bert import modeling_bert as bert
 from transformers.utils import ModelOutput
 
 from vlmfast.data import Sample, TokenMask
-from vlmfast.models.bert_weights import bert_sizes, copy_weights, load_bert, small
+from vlmfast.data.text import usable
 from vlmfast.models.contract import JointFeatures
 from vlmfast.models.gathered import mean_count
 from vlmfast.models.masked.vilbert_config import ViLBERTConfig, ViLBERTOptions
 from vlmfast.models.masked.vilbert_parts import Heads, Streams, with_whole_image
 from vlmfast.models.masked_texts import Texts
-from vlmfast.models.region_batches import RegionCollator, generators_of, mask_regions, mismatch, take_regions
-from vlmfast.models.region_tower import NewRegions, ReadsRegions, RegionTower
+from vlmfast.models.region_batches import ENOUGH, RegionCollator, generators_of, mask_regions, mismatch, take_regions
+from vlmfast.models.region_text import NewText
+from vlmfast.models.region_tower import NewRegions, ReadsRegions
 from vlmfast.nn import language_model_loss
 
 IGNORED = -100
-ALIGNED = 0
-"""The class of a caption and its own image."""
-ENOUGH = 0.5  # IoU from which on a region is one of a phrase's
 
 
 @dataclass
@@ -82,6 +80,7 @@ class ViLBERTModel(ReadsRegions, bert.BertPreTrainedModel):
     special_tokens: ClassVar[dict[str, str]] = {"mask_token": "<|mask|>"}
     new_parts = ("vision_logit.", "region_tower.", "cls.")
     accepts_loss_kwargs = False
+    matched_class = 0  # as in the authors' data
     base_model_prefix = "vilbert"  # never a prefix of names
     _tied_weights_keys: ClassVar[dict[str, str]] = {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
@@ -91,8 +90,7 @@ class ViLBERTModel(ReadsRegions, bert.BertPreTrainedModel):
 
     def __init__(self, config: ViLBERTConfig) -> None:
         super().__init__(config)
-        self.region_tower = None if config.region_tower is None else RegionTower(config.region_tower)
-        self.check_region_width("v_feature_size")
+        self.region_tower = self.new_region_tower("v_feature_size")
         self.bert = Streams(config)
         self.cls = Heads(config)
         self.dropout = nn.Dropout(0.1)
@@ -102,13 +100,8 @@ class ViLBERTModel(ReadsRegions, bert.BertPreTrainedModel):
 
     @classmethod
     def create(cls, options: ViLBERTOptions, tokenizer: Any, **overrides: Any) -> ViLBERTModel:
-        source = None if options.text_tower is None else load_bert(options.text_tower)
-        if source is not None:
-            sizes = bert_sizes(source.config)
-            sizes |= {name: getattr(source.config, name) for name in ("num_hidden_layers", "layer_norm_eps")}
-        else:
-            sizes = small(options.text_width, len(tokenizer), options.max_length)
-            sizes["num_hidden_layers"] = options.text_layers
+        text = NewText(options, tokenizer)
+        sizes = text.with_layers(options.text_layers)
         layers, width = options.region_layers, options.region_width
         if layers > sizes["num_hidden_layers"]:
             raise ValueError(
@@ -130,9 +123,7 @@ class ViLBERTModel(ReadsRegions, bert.BertPreTrainedModel):
         }
         model = cls(ViLBERTConfig(**{**sizes, **streams, **regions.settings, **overrides}))
         regions.fill(model.region_tower)
-        if source is not None:
-            copy_weights(model.bert, source.bert)
-            copy_weights(model.cls, source.cls)
+        text.fill(model.bert, model.cls)
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -208,16 +199,9 @@ class ViLBERTModel(ReadsRegions, bert.BertPreTrainedModel):
             terms["region_loss"] = self._region_loss(regions[:, 1:], masked_regions, region_targets)
         logits = self.cls.bi_seq_relationship(self._pooled(words, regions))
         if matched is not None:
-            aligned = torch.where(matched == 1, ALIGNED, 1 - ALIGNED)
-            terms["matching_loss"] = F.cross_entropy(logits.float(), aligned)
+            terms["matching_loss"] = F.cross_entropy(logits.float(), 1 - matched)  # aligned is 0
         loss = torch.stack(list(terms.values())).sum() if terms else None
         return ViLBERTOutput(loss=loss, matching_logits=logits, **terms)
-
-    def match_scores(self, **batch: Tensor) -> Tensor:
-        """(B,) log-probability that text and image belong together, of the head of pre-training."""
-        logits = self(**batch).matching_logits
-        found: Tensor = logits.float().log_softmax(dim=1)[:, ALIGNED]
-        return found
 
     def joint_features(self, **batch: Any) -> JointFeatures:
         """`pooled` is the product of both streams' pooled states; regions are without [IMG]."""
@@ -353,7 +337,7 @@ class ViLBERTCollator:
         Raises:
             ValueError: as `RegionCollator`; regions are predicted and a sample has no probabilities.
         """
-        kept = [sample for sample in samples if sample is not None]
+        kept = usable(samples)
         batch = self.regions(kept)
         if self.mask is None:
             return batch | self.texts([sample.caption for sample in kept])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import transformers
 
 from vlmfast.models.contract import flag
-from vlmfast.models.region_tower import RegionOptions
+from vlmfast.models.region_text import RegionTextOptions
 
 REFUSED = ("dynamic_attention", "in_batch_pairs", "predict_feature", "fixed_t_layer", "fixed_v_layer")
 """Options of the authors' code that this model does not have."""
@@ -108,11 +108,9 @@ class ViLBERTConfig(transformers.BertConfig):
 
 
 @dataclass
-class ViLBERTOptions(RegionOptions):
+class ViLBERTOptions(RegionTextOptions):
     """A new BERT, or a pretrained one, the regions' stream and co-attention before the last layers of both."""
 
-    text_tower: str | None = field(default=None, metadata={"help": "Name or folder of a pretrained BERT."})
-    text_width: int = field(default=192, metadata={"help": "Width of a new BERT, a multiple of 64."})
     text_layers: int = field(default=4, metadata={"help": "Layers of a new BERT."})
     region_width: int = field(default=192, metadata={"help": "Width of the regions' stream, a multiple of 64."})
     region_layers: int = field(default=2, metadata={"help": "Layers of regions, each behind a co-attention."})
@@ -121,11 +119,8 @@ class ViLBERTOptions(RegionOptions):
         metadata={"help": "Classes of a detector, background included, such as 1601: masked regions are predicted."},
     )
 
-    own: ClassVar[tuple[str, ...]] = ("text_width", "text_layers")
     new_model: ClassVar[tuple[str, ...]] = (
-        *RegionOptions.new_model,
-        "text_tower",
-        *own,
+        *RegionTextOptions.new_model,
         "region_width",
         "region_layers",
         "region_classes",
@@ -133,12 +128,7 @@ class ViLBERTOptions(RegionOptions):
 
     def check(self) -> None:
         super().check()
-        if self.text_tower:
-            self.refuse(self.own, f"--text-tower {self.text_tower}")
         if self.region_dim is None and self.vision_tower is None:
             self.refuse(("region_classes",), "a new image tower, whose regions are not predicted; --region-dim has one")
         if self.region_width % 64:
             raise ValueError(f"{flag('region_width')}: expected a multiple of 64, got {self.region_width}")
-
-    def tokenizer_source(self) -> str | None:
-        return self.text_tower or self.pretrained

@@ -47,15 +47,15 @@ from transformers.models.visual_bert import modeling_visual_bert as original
 from transformers.utils import ModelOutput
 
 from vlmfast.data import Sample, TokenMask
-from vlmfast.models.bert_weights import bert_sizes, copy_weights, load_bert, small
+from vlmfast.data.records import captions_of
+from vlmfast.data.text import usable
 from vlmfast.models.contract import JointFeatures
 from vlmfast.models.gathered import mean_count
 from vlmfast.models.masked_texts import Text, Texts
-from vlmfast.models.region_batches import RegionCollator, generators_of, mismatch
-from vlmfast.models.region_tower import NewRegions, ReadsRegions, RegionOptions, RegionTower
+from vlmfast.models.region_batches import ENOUGH, RegionCollator, generators_of, mismatch
+from vlmfast.models.region_text import NewText, RegionTextOptions
+from vlmfast.models.region_tower import NewRegions, ReadsRegions
 from vlmfast.nn import language_model_loss
-
-ENOUGH = 0.5  # IoU from which on a region is one of a phrase's
 
 
 class VisualBERTConfig(transformers.VisualBertConfig):
@@ -97,24 +97,10 @@ class VisualBERTConfig(transformers.VisualBertConfig):
 
 
 @dataclass
-class VisualBERTOptions(RegionOptions):
+class VisualBERTOptions(RegionTextOptions):
     """A new BERT, or a pretrained one, and the regions."""
 
-    text_tower: str | None = field(
-        default=None, metadata={"help": "Name or folder of a pretrained BERT to start from."}
-    )
-    text_width: int = field(default=192, metadata={"help": "Width of a new BERT, a multiple of 64."})
     text_layers: int = field(default=4, metadata={"help": "Layers of a new BERT."})
-
-    new_model: ClassVar[tuple[str, ...]] = (*RegionOptions.new_model, "text_tower", "text_width", "text_layers")
-
-    def check(self) -> None:
-        super().check()
-        if self.text_tower:
-            self.refuse(("text_width", "text_layers"), f"--text-tower {self.text_tower}")
-
-    def tokenizer_source(self) -> str | None:
-        return self.text_tower or self.pretrained
 
 
 @dataclass
@@ -155,8 +141,7 @@ class VisualBERTModel(ReadsRegions, transformers.VisualBertPreTrainedModel):
 
     def __init__(self, config: VisualBERTConfig) -> None:
         super().__init__(config)
-        self.region_tower = None if config.region_tower is None else RegionTower(config.region_tower)
-        self.check_region_width("visual_embedding_dim")
+        self.region_tower = self.new_region_tower("visual_embedding_dim")
         self.visual_bert = Encoder(config)
         self.cls = original.VisualBertPreTrainingHeads(config)
         self.attention = original.VisualBertRegionToPhraseAttention(config)
@@ -167,20 +152,13 @@ class VisualBERTModel(ReadsRegions, transformers.VisualBertPreTrainedModel):
 
     @classmethod
     def create(cls, options: VisualBERTOptions, tokenizer: Any, **overrides: Any) -> VisualBERTModel:
-        source = None if options.text_tower is None else load_bert(options.text_tower)
-        if source is not None:
-            sizes = bert_sizes(source.config)
-            sizes |= {name: getattr(source.config, name) for name in ("num_hidden_layers", "layer_norm_eps")}
-        else:
-            sizes = small(options.text_width, len(tokenizer), options.max_length)
-            sizes["num_hidden_layers"] = options.text_layers
-        regions = NewRegions(options)
+        text, regions = NewText(options, tokenizer), NewRegions(options)
+        sizes = text.with_layers(options.text_layers)
         own = {"visual_embedding_dim": regions.width, "pad_token_id": tokenizer.pad_token_id}
         model = cls(VisualBERTConfig(**{**sizes, **regions.settings, **own, **overrides}))
         regions.fill(model.region_tower)
-        if source is not None:
-            copy_weights(model.visual_bert, source.bert)
-            copy_weights(model.cls, source.cls)
+        text.fill(model.visual_bert, model.cls)
+        if text.source is not None:
             model.visual_bert._init_weights(model.visual_bert.embeddings)
         return model
 
@@ -249,12 +227,6 @@ class VisualBERTModel(ReadsRegions, transformers.VisualBertPreTrainedModel):
         loss = torch.stack(list(terms.values())).sum() if terms else None
         return VisualBERTOutput(loss=loss, matching_logits=logits, **terms)
 
-    def match_scores(self, **batch: Tensor) -> Tensor:
-        """(B,) log-probability that text and image belong together, of the head of pre-training."""
-        logits = self(**batch).matching_logits
-        found: Tensor = logits.float().log_softmax(dim=1)[:, 1]
-        return found
-
     def joint_features(self, read_at: Tensor | None = None, **batch: Any) -> JointFeatures:
         """`pooled` is tanh(P h_0), or with read_at (B,), as `question_collator` gives it, the state of that token."""
         states = self._states(**batch)
@@ -322,7 +294,7 @@ class VisualBERTCollator:
     question: bool = False
 
     def __call__(self, samples: Sequence[Sample | None]) -> dict[str, Tensor]:
-        kept = [sample for sample in samples if sample is not None]
+        kept = usable(samples)
         batch = self.regions(kept)
         if self.question:
             return batch | self.texts.questions([sample.caption for sample in kept])
@@ -342,12 +314,11 @@ class VisualBERTCollator:
 
 def _pair(sample: Sample, text: str, matched: bool, generator: Any) -> Text:
     """The caption with another true one, or with one of another image; the text alone where there is one caption."""
-    captions = sample.record.get("captions")
-    others = [each for each in captions or () if isinstance(each, str) and each.strip() not in ("", sample.caption)]
+    others = [caption for caption in captions_of(sample) if caption != sample.caption]
     place = generator.random()
     if not others:
         return text
-    return sample.caption, others[int(place * len(others))].strip() if matched else text
+    return sample.caption, others[int(place * len(others))] if matched else text
 
 
 def phrase_loss(scores: Tensor, overlap: Tensor) -> Tensor:

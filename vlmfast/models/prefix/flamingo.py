@@ -51,7 +51,13 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple
 from typing_extensions import Self
 
-from vlmfast.models.language_model import last_hidden_states, output_head
+from vlmfast.models.language_model import (
+    check_length,
+    end_tokens,
+    last_hidden_states,
+    output_head,
+    position_limit,
+)
 from vlmfast.models.prefix.flamingo_batches import DocumentCollator
 from vlmfast.models.prefix.flamingo_config import END_TOKEN, IMAGE_TOKEN, FlamingoConfig, FlamingoOptions
 from vlmfast.models.prefix.flamingo_parts import (
@@ -196,7 +202,7 @@ class FlamingoModel(PrefixModel):
     @property
     def max_text_length(self) -> int:
         """Tokens of a text at most, beside one image."""
-        return (self._positions() or 2**20) - 1
+        return (position_limit(self.config.text_config) or 2**20) - 1
 
     def collator(self, options: Any, tokenizer: Any, *, train: bool) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """Documents, or pairs of image and caption; which image a text reads is random in training."""
@@ -205,14 +211,16 @@ class FlamingoModel(PrefixModel):
             media_id=self._new_ids()[0],
             train=train,
             next_probability=options.p_next,
-            positions=self._positions(),
+            positions=position_limit(self.config.text_config),
             max_length=options.max_length,
             stop=self._new_ids()[1],
         )
 
     def prompt_collator(self, options: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """Images and prompt; several images where `<image>` stands in the caption. Prompts are not cut."""
-        return DocumentCollator(tokenizer, media_id=self._new_ids()[0], positions=self._positions())
+        return DocumentCollator(
+            tokenizer, media_id=self._new_ids()[0], positions=position_limit(self.config.text_config)
+        )
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Weight decay of the blocks, gates and norms too, as in open_flamingo, and of matrices of new towers."""
@@ -317,15 +325,17 @@ class FlamingoModel(PrefixModel):
         Raises:
             TypeError, ValueError: as `forward`; or prompt and new tokens are more than the language model's positions.
         """
-        self._check_length(input_ids.shape[1] + max_new_tokens - 1, f" for the prompt and {max_new_tokens} new tokens")
+        check_length(
+            self.config.text_config,
+            input_ids.shape[1] + max_new_tokens - 1,
+            f" for the prompt and {max_new_tokens} new tokens",
+        )
         ids, mask, _ = _padded(input_ids, attention_mask, None, left=True)
         media, counts = self._media(ids, pixel_values, image_features)
         lo, hi, _ = media_index(ids, self._new_ids()[0], num_media=counts)
-        own = self.language_model.config.get_text_config().eos_token_id
-        ends = [self._new_ids()[1], *(own if isinstance(own, list) else [own])]
         settings = {
             "do_sample": False,
-            "eos_token_id": list(dict.fromkeys(token for token in ends if token is not None)),
+            "eos_token_id": end_tokens(self.language_model, self._new_ids()[1]),
             "pad_token_id": self.config.filler_token_id,
             **settings,
         }
@@ -371,7 +381,7 @@ class FlamingoModel(PrefixModel):
         reads_next: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The last hidden states (B, L, D), pads on the right, and the labels in their places."""
-        self._check_length(input_ids.shape[-1])
+        check_length(self.config.text_config, input_ids.shape[-1])
         ids, mask, labels = _padded(input_ids, attention_mask, labels)
         media, counts = self._media(ids, pixel_values, image_features)
         lo, hi, _ = media_index(ids, self._new_ids()[0], num_media=counts)
