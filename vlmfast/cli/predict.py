@@ -210,14 +210,9 @@ def _similarity(asked: Asked) -> list[Prediction]:
     model = asked.model
     collator = model.collator(asked.options, asked.tokenizer, train=False)
     images = model.get_image_features(asked.batch(collator, asked.texts[:1])["pixel_values"])
-    batch = asked.batch(collator, asked.texts) if len(asked.samples) == 1 else _texts(asked, collator)
+    batch = replace(asked, samples=asked.samples[:1]).batch(collator, asked.texts)  # towers read texts alone
     texts = model.get_text_features(batch["input_ids"], batch.get("attention_mask"))
     return [_ranked("similarity", asked.texts, row) for row in (images.float() @ texts.float().T).cpu()]
-
-
-def _texts(asked: Asked, collator: Any) -> dict[str, Any]:
-    """A batch of all texts, for the towers that read them alone."""
-    return replace(asked, samples=asked.samples[:1]).batch(collator, asked.texts)
 
 
 def _match(asked: Asked) -> list[Prediction]:
@@ -301,16 +296,17 @@ def _read(images: Sequence[str], transform: Any) -> tuple[list[Any], list[tuple[
         table = Path(folder) / "images.csv"
         with table.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["path", "caption"], *([str(Path(name).resolve()), ""] for name in images)])
-        whole = ImageTextDataset(str(table), transform=lambda image, _: torch.from_numpy(np.array(image)), requires=())
-        seen = ImageTextDataset(str(table), transform=transform, requires=())
-        pictures: list[Tensor] = []
-        samples = []
+
+        def seen(image: Any, generator: Any) -> Any:
+            pictures.append(torch.from_numpy(np.array(image)))
+            return transform(image, generator)
+
+        dataset, pictures, samples = ImageTextDataset(str(table), transform=seen, requires=()), [], []
         for number, name in enumerate(images):
-            picture, sample = whole[number], seen[number]
-            if picture is None or picture.image is None or sample is None:
-                why = next((reason for reason, count in whole.skipped().items() if count), "cannot be read")
+            sample = dataset[number]
+            if sample is None:
+                why = next((reason for reason, count in dataset.skipped().items() if count), "cannot be read")
                 raise ValueError(f"{name}: {why}")
-            pictures.append(picture.image)
             samples.append(sample)
     return samples, [(picture.shape[1], picture.shape[0]) for picture in pictures], pictures
 
