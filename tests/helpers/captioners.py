@@ -48,12 +48,6 @@ def regions(width: int = 20) -> dict[str, Tensor]:
     return {"image_features": features, "image_mask": mask}
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
 def check_generation(model: Any, **images: Tensor) -> None:
     """With a cache as without; greedy as a whole new pass for every token; prompts padded as alone; with a cache the
     keys and values of images are computed once."""

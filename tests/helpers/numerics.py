@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def loss_and_gradients(
@@ -38,3 +38,10 @@ def assert_as_exact_as_eager(
         assert error <= bound, (
             f"{name}: error {error:.2e}, eager {allowed:.2e}, bound {bound:.2e}, values to {largest:.2e}"
         )
+
+
+def take_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Those of a model's parameters by name; the model has none afterwards."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from captioners import BEGIN, gradients, make, pixels, regions
+from captioners import BEGIN, make, pixels, regions
 from command_line import tiny, write_pairs
+from numerics import take_gradients
 from prefix_models import STOP, VOCAB
 from safetensors.torch import load_file
 from torch import Tensor
@@ -87,10 +88,10 @@ def test_the_gradient_is_that_of_the_policy(cls: Any) -> None:
         assert torch.stack(sums).argsort(descending=True).tolist() == list(range(BEAMS))
     assert len(lengths) > 1
     total.backward()
-    expected = gradients(model)
+    expected = take_gradients(model)
     loss = model(begin, **images, references=[["x"]] * 3).loss
     loss.backward()
-    ours = gradients(model)
+    ours = take_gradients(model)
     torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-5)
     assert ours.keys() == expected.keys()
     for name, gradient in ours.items():

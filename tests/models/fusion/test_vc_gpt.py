@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from captioners import captions, check_generation, gradients, make, pixels, regions
+from captioners import captions, check_generation, make, pixels, regions
+from numerics import take_gradients
 from prefix_models import LANGUAGE, VOCAB, gpt2, llama, vit, write_language_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -83,12 +84,12 @@ def test_loss_and_gradients_are_those_of_the_parts(ensemble: bool) -> None:
         logits = logits + below @ language.lm_head.weight.T
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten())
     expected.backward()
-    wanted = gradients(model)
-    wanted |= {f"decoder.language_model.{name}": g for name, g in gradients(language).items()}
+    wanted = take_gradients(model)
+    wanted |= {f"decoder.language_model.{name}": g for name, g in take_gradients(language).items()}
 
     loss = model(**given, **images).loss
     loss.backward()
-    found = gradients(model)
+    found = take_gradients(model)
     torch.testing.assert_close(loss, expected)
     assert found.keys() == wanted.keys() >= {"decoder.head.weight", "decoder.language_model.transformer.wte.weight"}
     assert ("decoder.language_model.lm_head.weight" in found) == ensemble
@@ -164,12 +165,12 @@ def test_vanilla_is_transformers_vision_encoder_decoder(wide: bool) -> None:
     )
     expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten())
     expected.backward()
-    wanted = gradients(theirs)
+    wanted = take_gradients(theirs)
     loss = model(**given, pixel_values=images).loss
     loss.backward()
     torch.testing.assert_close(loss, expected)
     renamed = {"vision.tower.": "encoder.", "project.": "enc_to_dec_proj."}
-    found = gradients(model)
+    found = take_gradients(model)
     assert len(found) == len(wanted)
     for name, gradient in found.items():
         other = next((b + name.removeprefix(a) for a, b in renamed.items() if name.startswith(a)), name)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from captioners import CAPTIONS, captions, check_generation, gradients, make, pixels, regions
+from captioners import CAPTIONS, captions, check_generation, make, pixels, regions
 from command_line import COLOURS, write_pairs
+from numerics import take_gradients
 from prefix_models import gpt2, llama, write_language_model, write_tower
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,12 +93,12 @@ def test_states_loss_and_gradients_are_the_equations() -> None:
         wanted = wanted + F.cross_entropy(logits[:-1], torch.tensor(row[1:]), reduction="sum")
         total = total + len(row) - 1
     (wanted / total).backward()
-    expected = gradients(model)
+    expected = take_gradients(model)
     model.float()
     loss = model(**text, **given).loss
     loss.backward()
     torch.testing.assert_close(loss, (wanted / total).float().detach())
-    ours = gradients(model)
+    ours = take_gradients(model)
     assert ours.keys() == expected.keys() == dict(model.named_parameters()).keys()
     assert {"decoder.transformer.h.1.cross_gate.fc_alpha3.weight", "encoder.0.linear1.weight"} <= ours.keys()
     for name, gradient in ours.items():
@@ -175,7 +176,7 @@ def test_activations_that_are_computed_again_change_nothing() -> None:
     for _ in range(2):
         torch.manual_seed(0)
         model(**given).loss.backward()
-        found.append(gradients(model))
+        found.append(take_gradients(model))
         model.gradient_checkpointing_enable()
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.decoder.modules())
     for name, gradient in found[0].items():

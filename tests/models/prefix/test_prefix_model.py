@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from numerics import take_gradients
 from prefix_models import (
     CAPTIONS,
     LANGUAGE,
@@ -47,13 +48,10 @@ def by_transformers(model: Any, rows: Any, pixels: Tensor) -> tuple[Tensor, dict
         total = total + language(inputs_embeds=embeddings, labels=labels).loss * len(ids)
     total = total / sum(len(tokens) for _, tokens in rows)
     total.backward()
-    return total, {**gradients(model), **{f"language_model.{name}": g for name, g in gradients(language).items()}}
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
+    return total, {
+        **take_gradients(model),
+        **{f"language_model.{name}": g for name, g in take_gradients(language).items()},
+    }
 
 
 @pytest.mark.parametrize("language", LANGUAGE)
@@ -63,7 +61,7 @@ def test_loss_and_gradients_are_those_of_transformers(language: str) -> None:
     expected, wanted = by_transformers(model, CAPTIONS, given["pixel_values"])
     loss = model(**given).loss
     loss.backward()
-    found = gradients(model)
+    found = take_gradients(model)
     torch.testing.assert_close(loss, expected)
     assert found.keys() == wanted.keys() >= {"mapper.output.weight", "vision.tower.embeddings.class_embedding"}
     for name, gradient in found.items():
