@@ -301,7 +301,9 @@ def _read(images: Sequence[str], transform: Any) -> tuple[list[Any], list[tuple[
             pictures.append(torch.from_numpy(np.array(image)))
             return transform(image, generator)
 
-        dataset, pictures, samples = ImageTextDataset(str(table), transform=seen, requires=()), [], []
+        pictures: list[Tensor] = []
+        samples = []
+        dataset = ImageTextDataset(str(table), transform=seen, requires=())
         for number, name in enumerate(images):
             sample = dataset[number]
             if sample is None:
