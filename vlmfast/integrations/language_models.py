@@ -22,12 +22,22 @@ def rules(model: nn.Module) -> Iterator[Rule]:
     """One for each class in the model whose forward names lm_head and loss_function."""
     base = import_module("transformers").PreTrainedModel
     for kind in {class_of(module): None for module in model.modules()}:
-        if issubclass(kind, base) and {"lm_head", "loss_function"} <= set(_code(kind).co_names):
+        if issubclass(kind, base) and {"lm_head", "loss_function"} <= set(code_of(kind).co_names):
             yield Rule("loss", kind, _without_logits)
 
 
-def _code(kind: type[nn.Module]) -> Any:
+def code_of(kind: type[nn.Module]) -> Any:
+    """Of the class's forward."""
     return inspect.unwrap(kind.forward).__code__
+
+
+def trains_on_labels(model: Any, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of the model's forward is one in training, with labels, that wants an output with names."""
+    if not model.training:
+        return False
+    given = signature.bind(model, *args, **kwargs).arguments
+    as_dict = given.get("kwargs", {}).get("return_dict", given.get("return_dict"))
+    return given.get("labels") is not None and (model.config.return_dict if as_dict is None else as_dict)
 
 
 def _without_logits(model: Any) -> Method:
@@ -61,12 +71,9 @@ class _Forward:
 
     def __call__(self, model: Any, *args: Any, return_logits: bool = False, **kwargs: Any) -> Any:
         original = class_of(model).forward
-        if not self.works or return_logits or not model.training:
+        if not self.works or return_logits or not trains_on_labels(model, self.__signature__, args, kwargs):
             return original(model, *args, **kwargs)
-        given = self.__signature__.bind(model, *args, **kwargs).arguments
-        as_dict = given.get("kwargs", {}).get("return_dict", given.get("return_dict"))
-        as_dict = model.config.return_dict if as_dict is None else as_dict
-        if given.get("labels") is None or not as_dict or _reason(model) or model.lm_head.weight.dtype not in DTYPES:
+        if _reason(model) or model.lm_head.weight.dtype not in DTYPES:
             return original(model, *args, **kwargs)
         instead = _Instead(model)
         try:

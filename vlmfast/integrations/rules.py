@@ -48,6 +48,7 @@ def rules_for(model: nn.Module) -> Iterator[Rule]:
             yield from rules()
     if "transformers" in libraries:
         yield from import_module("vlmfast.integrations.language_models").rules(model)
+        yield from import_module("vlmfast.integrations.masked_models").rules(model)
 
 
 def _transformers() -> Iterator[Rule]:
@@ -77,7 +78,8 @@ def _transformers() -> Iterator[Rule]:
         output = library.CLIPOutput if original.__name__.startswith("VisionText") else _output_class(original)
         yield Rule("loss", original, partial(_without_logits, loss=loss, output=output))
     many = "its contrastive loss is one of several inside of its forward; use vlmfast.ops.info_nce on its features"
-    yield _left("loss", "transformers.models.flava.modeling_flava", "FlavaForPreTraining", many)
+    heads = f"{many}; its vocabulary heads run on masked rows already"
+    yield _left("loss", "transformers.models.flava.modeling_flava", "FlavaForPreTraining", heads)
     bridge = "transformers.models.bridgetower.modeling_bridgetower"
     yield _left("loss", bridge, "BridgeTowerForContrastiveLearning", many)
 
