@@ -256,7 +256,7 @@ class _Scores(Tensor):
                 return pending.loss(args[1], kwargs["ignore_index"], kwargs["label_smoothing"])
             if func is Tensor.view and args[1:] == (-1, shape[-1]):
                 return cls.of(pending, flat=True)
-            if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+            if func == Tensor.device.__get__:
                 return pending.hidden.device
             if func is Tensor.size and not scores.flat:
                 return shape.__getitem__(*args[1:], **kwargs) if len(args) > 1 else shape
