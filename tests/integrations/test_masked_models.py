@@ -99,7 +99,18 @@ def bridgetower() -> Made:
     return transformers.BridgeTowerForMaskedLM(config), {**words(), "pixel_values": torch.randn(3, 3, 8, 8)}
 
 
-MAKERS = [bert, bert_two_losses, roberta, distilbert, visual_bert, lxmert, bridgetower]
+def t5() -> Made:
+    """No masked model, but one whose forward gives its logits to the same loss."""
+    config = transformers.T5Config(
+        vocab_size=VOCAB, d_model=D, d_kv=8, d_ff=64, num_layers=1, num_heads=4, dropout_rate=0
+    )
+    return transformers.T5ForConditionalGeneration(config), {
+        **words(),
+        "decoder_input_ids": torch.randint(4, VOCAB, (3, 7)),
+    }
+
+
+MAKERS = [t5, bert, bert_two_losses, roberta, distilbert, visual_bert, lxmert, bridgetower]
 
 
 def results(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -161,7 +172,7 @@ def test_only_labelled_rows_reach_the_head_and_no_logits_are_made(make: Any) -> 
     output = model(**inputs)
     assert [name in output for name in names] == [False]
     assert set(rows) <= {int((inputs["labels"] != -100).sum())}
-    assert bool(rows) == (make is not distilbert)
+    assert bool(rows) == (make not in (distilbert, t5))
     for asked in (model(**inputs, return_logits=True), model.eval()(**inputs)):
         torch.testing.assert_close(asked[names[0]], outputs[names[0]])
     without = {name: value for name, value in inputs.items() if name != "labels"}
@@ -274,6 +285,20 @@ def test_a_head_that_was_exchanged_for_another_kind_is_left() -> None:
     ((name, kind, reason),) = vlmfast.patch(model).left
     assert (name, kind) == ("", "BertForMaskedLM")
     assert "is not where its class has it" in reason
+
+
+def test_a_head_that_is_in_another_model_is_left() -> None:
+    bert, vit = (
+        transformers.BertConfig(**SIZE, is_decoder=True, add_cross_attention=True),
+        transformers.ViTConfig(
+            hidden_size=D, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4
+        ),
+    )
+    model = transformers.VisionEncoderDecoderModel(
+        encoder=transformers.ViTModel(vit), decoder=transformers.BertLMHeadModel(bert)
+    )
+    left = {name: reason for name, _, reason in vlmfast.patch(model, only="loss").left}
+    assert left[""] == "its layer onto the vocabulary is in its decoder, a BertLMHeadModel"
 
 
 def test_copies_gradient_checkpointing_autocast_and_compile() -> None:

@@ -55,7 +55,11 @@ def _on_labelled_rows(model: Any) -> Method:
     name = next((name for name, module in model.named_modules() if module is head), "")
     if not name:
         raise ValueError("the layer onto its vocabulary is not where its class has it")
-    forward = _Forward(model, tuple(name.split(".")))
+    path = tuple(name.split("."))
+    inner = model.get_submodule(path[0])
+    if isinstance(inner, import_module("transformers").PreTrainedModel):
+        raise ValueError(f"its layer onto the vocabulary is in its {path[0]}, a {type(inner).__name__}")
+    forward = _Forward(model, path)
     if reason := forward.reason(model):
         raise ValueError(reason)
     return Method(forward, model)

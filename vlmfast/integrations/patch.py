@@ -51,8 +51,8 @@ def patch(model: nn.Module, *, only: Collection[str] | None = None) -> PatchRepo
         model: a model, or open_clip's ClipLoss, CoCaLoss or SigLipLoss; DistributedDataParallel or torch.compile may be
             around it. Of what FSDP has sharded the losses are replaced, modules are not: patch those before.
         only: of "patch_embed" (stems of vision transformers), "cross_attention" (gated, of Flamingo and its kin) and
-            "loss" (return_loss=True of two-tower models, labels of causal language models in training, which then give
-            no logits); None: all.
+            "loss" (return_loss=True of two-tower models, labels of causal and masked language models in training, which
+            then give no logits); None: all.
     Returns:
         What was replaced, and what was left and why; `with patch(model) as report:` undoes it at the end.
     Raises:
