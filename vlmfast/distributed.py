@@ -2,12 +2,13 @@
 
 One convention: after the mean over ranks that DistributedDataParallel takes, the gradient of every parameter is that
 of one process on the global batch. A rank's gradient with respect to its own features is therefore the sum over ranks
-of their losses' gradients, which is what the backward of `gather` and the sums of `Homeward` return.
+of their losses' gradients, which is what the backward of `gather`, `reduce_scatter` and the sums of `Homeward` return.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,127 +84,282 @@ def gather(features: Tensor, sizes: list[int]) -> Tensor:
     return gathered
 
 
+def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
+    """As `gather`, without gradient.
+
+    Raises:
+        RuntimeError: another rank has died or did not answer within the process group's timeout.
+    """
+    most = max(sizes)
+    gathered = rows.new_empty(len(sizes), most, *rows.shape[1:])
+    if len(rows) < most:
+        padded = rows.new_zeros(gathered.shape[1:])
+        padded[: len(rows)] = rows
+        rows = padded
+    with _a_collective("gather"):
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), rows.contiguous())
+    if min(sizes) == most:
+        return gathered.flatten(0, 1)
+    return torch.cat([shard[:size] for shard, size in zip(gathered, sizes, strict=True)])
+
+
+def reduce_scatter(rows: Tensor, sizes: list[int], scalar: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The sum over ranks of all their rows (sum(sizes), D), of which each rank gets its own, without gradient.
+
+    Args:
+        rows (sum(sizes), D): this rank's; what is narrower than float32 is sent and added in float32.
+        sizes: rows per rank, from `shard_sizes`.
+        scalar (): is added over ranks as well, and in the same message, and given to all of them.
+    Returns:
+        rows (n, D), scalar () or None: in float32 or rows' wider dtype.
+    Raises:
+        RuntimeError: another rank has died or did not answer within the process group's timeout.
+    """
+    rank, world_size = rank_and_world_size()
+    most, dim = max(sizes), rows.shape[1]
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if scalar is None and min(sizes) == most:
+        parts = rows.to(dtype).contiguous().view(world_size, most, dim)
+    else:
+        parts = rows.new_zeros(world_size, most + (scalar is not None), dim, dtype=dtype)
+        if min(sizes) == most:
+            parts[:, :most] = rows.view(world_size, most, dim)
+        else:
+            for part, shard in zip(parts, rows.split(sizes), strict=True):
+                part[: len(shard)] = shard
+        if scalar is not None:
+            parts[:, most, 0] = scalar
+    with _a_collective("reduce-scatter"):
+        if dist.get_backend() == "nccl":
+            mine = torch.empty_like(parts[0])
+            dist.reduce_scatter_tensor(mine, parts)
+        else:  # gloo's adds everything on every rank
+            received = torch.empty_like(parts)
+            dist.all_to_all_single(received, parts)
+            mine = received.sum(0)
+    return mine[: sizes[rank]], None if scalar is None else mine[most, 0]
+
+
 def gather_scalars(value: Tensor) -> Tensor:
     """(world size,): every rank's one-element value, without gradient."""
     values = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(values, value.contiguous())
+    with _a_collective("gather"):
+        dist.all_gather(values, value.contiguous())
     return torch.stack(values)
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over ranks, without gradient."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def largest(value: Tensor) -> Tensor:
+    """The largest of all ranks, entry by entry, without gradient."""
+    return _reduced(value, dist.ReduceOp.MAX)
 
 
 def mean(value: Tensor) -> Tensor:
     """The mean over ranks, without gradient."""
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total(value) / dist.get_world_size()
 
 
-def ring(shards: Sequence[Tensor], sizes: list[int]) -> Iterator[tuple[int, Sequence[Tensor]]]:
-    """Every rank's shards in turn, in O(n) memory: own first, then the left neighbour's, and on round the ring.
+def block_sizes(sizes: list[int], shards_per_block: int) -> list[int]:
+    """Rows per block of as many ranks, in order of rank."""
+    return [sum(sizes[first : first + shards_per_block]) for first in range(0, len(sizes), shards_per_block)]
 
-    The transfer of the next shards is started before the present ones are yielded and waited for after, so that it
-    goes on while the caller computes.
+
+def ring(
+    shards: Sequence[Tensor], sizes: list[int], shards_per_block: int = 1
+) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """Every rank's shards in turn, a block of ranks at a time: own first, then the left neighbour's, and on round.
+
+    Ranks of one block first give each other their shards. Then blocks travel round rings: rank r's is one of the ranks
+    r + i * shards_per_block. The transfer of the next block is started before the present one is yielded and waited for
+    after, so that it goes on while the caller computes. Memory: three blocks.
 
     Args:
         shards (n, ...): tensors of this rank, a row for each of its n samples.
         sizes: rows per rank, from `shard_sizes`.
+        shards_per_block: a divisor of the number of ranks.
     Yields:
-        owner, shards: a rank and its tensors, once for each rank.
+        block, tensors: a block's number and its ranks' rows, in order of rank; once for each block. Of one shard each,
+        the number is the rank.
     Raises:
-        RuntimeError: a neighbour has died or did not answer within the process group's timeout.
+        RuntimeError: a rank has died or did not answer within the process group's timeout.
     """
     rank, world_size = rank_and_world_size()
-    shards = [shard.contiguous() for shard in shards]
-    for step in range(world_size - 1):
-        owner = (rank - step) % world_size
-        transfer = _Transfer(shards, sizes[owner - 1], tag=0)
-        yield owner, shards
-        shards = transfer.wait()
-    yield (rank + 1) % world_size, shards
+    rows, own, blocks = block_sizes(sizes, shards_per_block), rank // shards_per_block, world_size // shards_per_block
+    tensors = _shared_in_block([shard.contiguous() for shard in shards], sizes, shards_per_block)
+    for step in range(blocks - 1):
+        block = (own - step) % blocks
+        transfer = _Transfer(tensors, rows[block - 1], tag=0, distance=shards_per_block)
+        yield block, tensors
+        tensors = transfer.wait()
+    yield (own + 1) % blocks, tensors
 
 
 class Homeward:
     """Sums over ranks of what each computes for every shard of a `ring`, each brought to the shard's owner.
 
-    A shard's sum follows the shard one step behind, so that it is under way while the next rank computes its part.
+    A block's sum follows the block one step behind, so that it is under way while the next rank computes its part. At
+    the end the ranks of a block give each other what they have for each other's shards.
 
     Args:
         sizes: rows per rank, from `shard_sizes`.
         combine: of two partial sums; called in the same order on every run.
+        shards_per_block: the ring's.
     """
 
-    def __init__(self, sizes: list[int], combine: Callable[[Tensor, Tensor], Tensor] = torch.add) -> None:
-        self._sizes, self._combine = sizes, combine
+    def __init__(
+        self,
+        sizes: list[int],
+        combine: Callable[[Tensor, Tensor], Tensor] = torch.add,
+        shards_per_block: int = 1,
+    ) -> None:
+        self._sizes, self._combine, self._per_block = sizes, combine, shards_per_block
+        self._rows = block_sizes(sizes, shards_per_block)
+        self._missing = len(self._rows)
         self._own: Tensor | None = None
         self._transfer: _Transfer | None = None
 
-    def add(self, owner: int, part: Tensor) -> None:
-        """This rank's part (rows of owner, ...), to be called in the ring's order."""
+    def add(self, block: int, part: Tensor) -> None:
+        """This rank's part (rows of block, ...), to be called in the ring's order."""
+        self._missing -= 1
         if self._own is None:
             self._own = part
             return
         if self._transfer is not None:
             part = self._combine(self._transfer.wait()[0], part)
-        self._transfer = _Transfer([part.contiguous()], self._sizes[owner - 1], tag=_HOMEWARD_TAG)
+        self._transfer = _Transfer(
+            [part.contiguous()], self._rows[block - 1], tag=_HOMEWARD_TAG, distance=self._per_block
+        )
 
     def total(self) -> Tensor:
         """The sum of all ranks' parts for this rank's shard, once `add` was called for every shard."""
-        if self._own is None or self._transfer is None:
+        if self._own is None or self._missing:
             raise RuntimeError("Homeward: total was called before every shard's part was added")
-        return self._combine(self._transfer.wait()[0], self._own)
+        block = self._combine(self._transfer.wait()[0], self._own) if self._transfer else self._own
+        if self._per_block == 1:
+            return block
+        first, *others = _each_to_its_owner(block, self._sizes, self._per_block)
+        for other in others:
+            first = self._combine(first, other)
+        return first
 
 
-class _Transfer:
-    """Tensors on their way to the right neighbour while others, with `rows` rows, come from the left one."""
+class _Messages:
+    """Tensors on their way to other ranks, and from them: lists of (rank, tensor, tag)."""
 
-    def __init__(self, tensors: Sequence[Tensor], rows: int, tag: int) -> None:
-        rank, world_size = rank_and_world_size()
-        self._right, self._left = (rank + 1) % world_size, (rank - 1) % world_size
-        self._received = [tensor.new_empty(rows, *tensor.shape[1:]) for tensor in tensors]
-        sends = [dist.P2POp(dist.isend, t, self._right, tag=tag + i) for i, t in enumerate(tensors)]
-        receives = [dist.P2POp(dist.irecv, t, self._left, tag=tag + i) for i, t in enumerate(self._received)]
+    def __init__(
+        self, sent: Sequence[tuple[int, Tensor, int]], received: Sequence[tuple[int, Tensor, int]], ring: str
+    ) -> None:
+        self._ring = ring
+        operations = [dist.P2POp(dist.isend, tensor, to, tag=tag) for to, tensor, tag in sent]
+        operations += [dist.P2POp(dist.irecv, tensor, of, tag=tag) for of, tensor, tag in received]
         try:
-            self._requests = dist.batch_isend_irecv(sends + receives)
+            self._requests = dist.batch_isend_irecv(operations)
         except RuntimeError as error:
             raise self._failure() from error
 
-    def wait(self) -> list[Tensor]:
+    def wait(self) -> Any:
         try:
             for request in self._requests:
                 request.wait()
         except RuntimeError as error:
             raise self._failure() from error
-        return self._received
 
     def _failure(self) -> RuntimeError:
         return RuntimeError(
-            f"rank {dist.get_rank()}: the ring to rank {self._right} and from rank {self._left} is broken; "
+            f"rank {dist.get_rank()}: the ring to {self._ring} is broken; "
             "a rank has died or does not call the same loss"
         )
+
+
+class _Transfer(_Messages):
+    """Tensors on their way to the right neighbour while others, with `rows` rows, come from the left one."""
+
+    def __init__(self, tensors: Sequence[Tensor], rows: int, tag: int, distance: int = 1) -> None:
+        rank, world_size = rank_and_world_size()
+        right, left = (rank + distance) % world_size, (rank - distance) % world_size
+        self._received = [tensor.new_empty(rows, *tensor.shape[1:]) for tensor in tensors]
+        super().__init__(
+            [(right, tensor, tag + i) for i, tensor in enumerate(tensors)],
+            [(left, tensor, tag + i) for i, tensor in enumerate(self._received)],
+            f"rank {right} and from rank {left}",
+        )
+
+    def wait(self) -> list[Tensor]:
+        super().wait()
+        return self._received
+
+
+def _members(shards_per_block: int) -> range:
+    """The ranks of this rank's block."""
+    first = dist.get_rank() // shards_per_block * shards_per_block
+    return range(first, first + shards_per_block)
+
+
+def _shared_in_block(shards: list[Tensor], sizes: list[int], shards_per_block: int) -> list[Tensor]:
+    """The tensors of all ranks of this rank's block, in order of rank."""
+    if shards_per_block == 1:
+        return shards
+    rank, members = dist.get_rank(), _members(shards_per_block)
+    rows = [sizes[member] for member in members]
+    blocks = [shard.new_empty(sum(rows), *shard.shape[1:]) for shard in shards]
+    sent, received = [], []
+    for tag, (shard, block) in enumerate(zip(shards, blocks, strict=True)):
+        for member, place in zip(members, block.split(rows), strict=True):
+            if member == rank:
+                place.copy_(shard)
+            else:
+                sent.append((member, shard, tag))
+                received.append((member, place, tag))
+    _Messages(sent, received, f"and from ranks {members[0]} to {members[-1]}").wait()
+    return blocks
+
+
+def _each_to_its_owner(block: Tensor, sizes: list[int], shards_per_block: int) -> list[Tensor]:
+    """What each rank of this rank's block has for this rank, in order of rank."""
+    rank, members = dist.get_rank(), _members(shards_per_block)
+    block = block.contiguous()
+    parts = list(block.split([sizes[member] for member in members]))
+    mine = [
+        part if m == rank else block.new_empty(sizes[rank], *block.shape[1:])
+        for m, part in zip(members, parts, strict=True)
+    ]
+    sent = [(m, part, _HOMEWARD_TAG) for m, part in zip(members, parts, strict=True) if m != rank]
+    received = [(m, part, _HOMEWARD_TAG) for m, part in zip(members, mine, strict=True) if m != rank]
+    _Messages(sent, received, f"and from ranks {members[0]} to {members[-1]}").wait()
+    return mine
+
+
+@contextmanager
+def _a_collective(name: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank()}: the {name} over all ranks is broken; "
+            "a rank has died or does not call the same loss"
+        ) from error
+
+
+def _reduced(value: Tensor, op: Any) -> Tensor:
+    found = value.clone()
+    with _a_collective("sum" if op == dist.ReduceOp.SUM else "maximum"):
+        dist.all_reduce(found, op)
+    return found
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
-        padded = features.new_zeros(max(sizes), features.shape[1])
-        padded[: features.shape[0]] = features
-        shards = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(shards, padded)
-        return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
+        return gather_rows(features, sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rank, sizes = dist.get_rank(), ctx.sizes
-        if dist.get_backend() == "nccl":
-            shards = grad.new_zeros(len(sizes), max(sizes), grad.shape[1])
-            for shard, rows in zip(shards, grad.split(sizes), strict=True):
-                shard[: len(rows)] = rows
-            mine = torch.empty_like(shards[0])
-            dist.reduce_scatter_tensor(mine, shards)
-            return mine[: sizes[rank]], None
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total.split(sizes)[rank], None
+        return reduce_scatter(grad, ctx.sizes)[0].to(grad.dtype), None
 
 
 def _describe(features: Tensor) -> tuple[int, int, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmfast import distributed
 from vlmfast.nn._sizes import check_integer
 from vlmfast.ops import info_nce, sigmoid_loss
 from vlmfast.ops.info_nce import reference as info_nce_reference
@@ -37,6 +39,24 @@ def check_rows(name: str, image: Tensor, text: Tensor) -> None:
             f"{name}: image_features and text_features must be (batch, dim) and not empty; "
             f"got {tuple(image.shape)} and {tuple(text.shape)}"
         )
+
+
+def sizes_of_shards(
+    name: str, image: Tensor, text: Tensor, gradients: Sequence[bool], equal_ranks: int | None
+) -> list[int]:
+    """Rows per rank: as the ranks tell each other, or this rank's where equal_ranks of them are known to be equal."""
+    if equal_ranks is None:
+        return distributed.shard_sizes(name, image, text, gradients=gradients)
+    check_rows(name, image, text)
+    return [len(image)] * equal_ranks
+
+
+def label_offset(block: int, sizes: list[int], shards_per_block: int) -> int:
+    """Where this rank's positives begin among the rows of a block of the ring; past its end if they are not there."""
+    rank, _ = distributed.rank_and_world_size()
+    first = block * shards_per_block
+    members = sizes[first : first + shards_per_block]
+    return sum(sizes[first:rank]) if first <= rank < first + shards_per_block else sum(members)
 
 
 def of_one_dtype(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmfast import distributed
-from vlmfast.nn._features import check_ranks, check_rows, contrast, of_one_dtype
+from vlmfast.nn._features import (
+    check_ranks,
+    check_rows,
+    contrast,
+    label_offset,
+    of_one_dtype,
+    sizes_of_shards,
+)
+from vlmfast.nn.exchange import shards_per_block
 from vlmfast.ops import _pairs
+from vlmfast.ops._arguments import check_flag
 from vlmfast.ops.info_nce import STORE_BUDGET_BYTES, normalise, tile_backward, tile_forward
 
 
@@ -21,10 +31,11 @@ class ClipLoss(nn.Module):
     those with gather_with_grad=True give, after DistributedDataParallel's mean, the gradients of one process on the
     global batch; without it the features of the other ranks are constants.
 
-    With gather_with_grad=True each rank computes its images against all texts once, for both directions; texts, column
-    sums and the texts' gradients travel round a ring of ranks while the next block is computed. The gradient of
-    logit_scale is then the mean over the ranks' losses on every rank, which DistributedDataParallel's mean leaves as it
-    is; with local_loss open_clip has a different part of it on each rank.
+    With gather_with_grad=True each rank computes its images against all texts once, for both directions. Texts are
+    gathered, column sums added over ranks and the texts' gradients added and given to their owners, each by one
+    collective; or all of that travels round a ring of ranks while the next block is computed. `vlmfast.nn.exchange`
+    says which. The gradient of logit_scale is then the mean over the ranks' losses on every rank, which
+    DistributedDataParallel's mean leaves as it is; with local_loss open_clip has a different part of it on each rank.
 
     Args:
         local_loss: with several processes, each returns the loss of its own rows and columns, instead of the global
@@ -34,11 +45,16 @@ class ClipLoss(nn.Module):
         cache_labels: accepted for compatibility; no labels are ever built.
         rank, world_size: this process and how many there are; world_size > 1 needs an initialised torch.distributed.
             With 1 or 0 there is one process, whatever rank says.
+        uniform: a promise that on all ranks features have the same shape and dtype, the same inputs need a gradient,
+            and the loss is multiplied by the same factor. The ranks then do not ask each other, and the host does not
+            wait for the device. Where it does not hold, results are wrong or the ranks wait for each other until the
+            process group's timeout.
     Raises:
-        TypeError: one of those is no integer.
+        TypeError: rank or world_size is no integer, or uniform no bool.
         ValueError: world_size is negative, or more than 1 and rank not in [0, world_size).
     Memory with gather_with_grad, n rows of N on this rank: O(n*N) while the exponentials of the largest shard fit in
-    info_nce's budget for them, else O(n*D). FLOPs: 6*n*N*D and 8*n*N*D.
+    info_nce's budget for them; else O(N*D) where texts are gathered and O(n*D) on the ring. FLOPs: 6*n*N*D and
+    8*n*N*D.
     Source: Radford et al. 2021, figure 3; open_clip's loss.py for the interface.
     """
 
@@ -49,14 +65,17 @@ class ClipLoss(nn.Module):
         cache_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        uniform: bool = False,
     ) -> None:
         super().__init__()
         check_ranks("ClipLoss", rank, world_size)
+        check_flag("ClipLoss", "uniform", uniform)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
+        self.uniform = uniform
 
     def forward(
         self,
@@ -100,10 +119,12 @@ class ClipLoss(nn.Module):
         scale = logit_scale if exact else _pairs.scalar("ClipLoss", "logit_scale", logit_scale, image)
         leaves = [t for t in (image, text, scale) if isinstance(t, Tensor)]
         wanted = [torch.is_grad_enabled() and t.requires_grad for t in leaves] if self.gather_with_grad else []
-        sizes = distributed.shard_sizes("ClipLoss", image, text, gradients=wanted)
+        sizes = sizes_of_shards("ClipLoss", image, text, wanted, self.world_size if self.uniform else None)
         if self.gather_with_grad and not exact:
             _pairs.check_features("ClipLoss", image, text)
-            loss: Tensor = _Strip.apply(image, text, scale, sizes, wanted, self.local_loss)
+            block = shards_per_block(sizes, text)
+            way = _Rectangle if block == self.world_size else _Strip
+            loss: Tensor = way.apply(image, text, scale, _Plan(sizes, wanted, block, self.local_loss, self.uniform))
             return loss
         shards = (image, text) if self.gather_with_grad else (image.detach(), text.detach())
         all_image, all_text = (distributed.gather(shard, sizes) for shard in shards)
@@ -118,95 +139,228 @@ class ClipLoss(nn.Module):
         return (loss_image + loss_text) * (len(image) * self.world_size / sum(sizes) / 2)
 
 
-class _Strip(torch.autograd.Function):
-    """This rank's images against all texts, a shard of texts at a time.
+@dataclass(frozen=True)
+class _Plan:
+    """The same on every rank: rows per rank, which of image, text and scale need a gradient, shards per block."""
 
-    The statistics of the rows are complete when all shards have been here, those of a shard's columns when it has been
+    sizes: list[int]
+    wanted: list[bool]
+    block: int
+    local_loss: bool
+    uniform: bool
+
+    @property
+    def unit(self) -> float:
+        """One over the mean number of rows per rank."""
+        return len(self.sizes) / sum(self.sizes)
+
+    def weights(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What gradients are multiplied by; and by what else those of each rank's terms (ranks,), where they differ.
+
+        Every rank's loss has the terms of its own rows and columns, so each owner's gradient weighs its own. Backends
+        expect factors of order 1 and the magnitude, a GradScaler's say, in unit.
+        """
+        grad = grad.float()
+        if self.uniform:
+            return grad * self.unit, None
+        if not self.local_loss:
+            return distributed.mean(grad) * self.unit, None
+        grads = distributed.gather_scalars(grad)
+        largest = grads.abs().max()
+        return largest * self.unit, torch.where(largest == 0, 0, grads / largest)
+
+
+class _Rectangle(torch.autograd.Function):
+    """This rank's images against all texts, which are gathered: one op forward, one backward, three collectives.
+
+    The sums of a column over all ranks' rows are added up after the op, the gradient of the texts after the op of
+    backward. The losses of the rows, and the gradient of the scale, go with them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, plan: _Plan) -> Tensor:
+        rank, _ = distributed.rank_and_world_size()
+        n, offset, count = len(image), sum(plan.sizes[:rank]), sum(plan.sizes)
+        texts = distributed.gather_rows(text, plan.sizes)
+        # As info_nce has it: an accelerator computes a dot product sooner than it reads what it kept.
+        keep = any(plan.wanted) and image.device.type == "cpu" and 4 * n * count <= STORE_BUDGET_BYTES
+        rows, cols, shift, kept = tile_forward(image, texts, scale, None, None, offset, True, keep)
+        weight = image.new_full((count,), 0.5, dtype=torch.float64)
+        row_losses, (row_side,) = normalise([(rows, weight[:n], None)], scale, exclude_positive=False)
+        cols, all_row_losses = _over_ranks(cols, row_losses)
+        if plan.local_loss:
+            own = (cols[:, offset : offset + n], weight[:n], None)
+            col_losses, (_, col_side) = normalise([own, (cols, weight, None)], scale, exclude_positive=False)
+            loss = (row_losses[0] + col_losses[0]) * plan.unit
+        else:
+            col_losses, (col_side,) = normalise([(cols, weight, None)], scale, exclude_positive=False)
+            loss = (all_row_losses + col_losses[0]) / count
+        ctx.plan = plan
+        ctx.save_for_backward(image, texts, scale, row_side, _with_one_shift(col_side, shift), shift, kept)
+        return loss.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        image, texts, scale, row_side, col_side, shift, kept = ctx.saved_tensors
+        plan, (rank, world_size) = ctx.plan, distributed.rank_and_world_size()
+        wants_image, wants_text, wants_scale = plan.wanted
+        unit, shares = plan.weights(grad)
+        if shares is not None:
+            row_side = _weighed(row_side, shares[rank])
+            col_side = _weighed(col_side, _per_row(shares, plan.sizes))
+        d_image, d_text, d_scale = tile_backward(
+            unit,
+            image,
+            texts,
+            scale.float(),
+            row_side,
+            col_side,
+            shift,
+            kept,
+            None,
+            None,
+            sum(plan.sizes[:rank]),
+            wants_image,
+            wants_text,
+        )
+        if wants_text:
+            d_text, total = distributed.reduce_scatter(d_text, plan.sizes, d_scale if wants_scale else None)
+            d_scale = d_scale if total is None else total / world_size
+        elif wants_scale:
+            d_scale = distributed.mean(d_scale)
+        return (
+            d_image if wants_image else None,
+            d_text.to(texts.dtype) if wants_text else None,
+            d_scale.to(scale.dtype) if wants_scale else None,
+            None,
+        )
+
+
+def _over_ranks(stats: Tensor, row_losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift, sum and positives' dot products (3, N) over all ranks' rows, and the sum of all ranks' row_losses (1,).
+
+    In float64 powers of two can be added as they are while the logits are within 550 of zero. A CPU sees whether they
+    are. An accelerator is not asked, as that would be to wait for it: each column's largest shift is found first.
+    """
+    shift, total, dot = stats.double()
+    top = torch.zeros_like(shift)
+    columns = stats.shape[1]
+    if stats.device.type == "cpu":
+        far = ~(shift.abs() <= 800).all()
+        sums = distributed.total(torch.cat([total * torch.exp2(shift), dot, row_losses, far[None]]))
+    if stats.device.type != "cpu" or sums[-1] > 0:
+        top = distributed.largest(torch.where(total == 0, -math.inf, shift))
+        top = torch.where(top == -math.inf, 0, top)
+        total = torch.where(total == 0, 0, total * torch.exp2(shift - top))
+        sums = distributed.total(torch.cat([total, dot, row_losses]))
+    mantissa, exponent = torch.frexp(sums[:columns])
+    found = torch.stack([top + exponent, mantissa, sums[columns : 2 * columns]]).float()
+    return found, sums[2 * columns]
+
+
+def _with_one_shift(side: Tensor, shift: Tensor) -> Tensor:
+    """`normalise`'s shift, factor and target (3, N) of all ranks' columns, for a block whose one shift is finite."""
+    one = shift.isfinite()
+    factor = side[1].double() * torch.exp2(torch.where(one, shift - side[0], 0).double())
+    # It is only beyond float32 where the column has nothing but its positive here.
+    factor = factor.clamp(max=torch.finfo(torch.float32).max).float()
+    return torch.stack([torch.where(one, shift, side[0]), factor, side[2]])
+
+
+class _Strip(torch.autograd.Function):
+    """This rank's images against all texts, a block of ranks' texts at a time.
+
+    The statistics of the rows are complete when all blocks have been here, those of a block's columns when it has been
     everywhere: they follow it round the ring, and so does the gradient of its texts in backward.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, sizes: list[int], wanted: list[bool], local_loss: bool
-    ) -> Tensor:
-        rank, world_size = distributed.rank_and_world_size()
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, plan: _Plan) -> Tensor:
+        sizes, block = plan.sizes, plan.block
         # The same on every rank: when the exponentials are not kept, neither are the texts, which go round again.
-        keep = any(wanted) and 4 * max(sizes) * sum(sizes) <= STORE_BUDGET_BYTES
+        keep = any(plan.wanted) and 4 * max(sizes) * sum(sizes) <= STORE_BUDGET_BYTES
         rows = image.new_zeros(len(image), 3, dtype=torch.float32)
-        cols, shifts, kept = distributed.Homeward(sizes, _merge), [], []
-        for owner, (shard,) in distributed.ring([text], sizes):
-            offset = _label_offset(owner == rank, shard)
-            row_stats, col_stats, shift, block = tile_forward(image, shard, scale, None, None, offset, True, keep)
+        cols, shifts, kept = distributed.Homeward(sizes, _merge, block), [], []
+        for number, (texts,) in distributed.ring([text], sizes, block):
+            offset = label_offset(number, sizes, block)
+            row_stats, col_stats, shift, exponentials = tile_forward(
+                image, texts, scale, None, None, offset, True, keep
+            )
             rows = _merge(rows, row_stats.T)
-            cols.add(owner, col_stats.T)
+            cols.add(number, col_stats.T)
             shifts.append(shift)
             if keep:
-                kept += [shard, block]
+                kept += [texts, exponentials]
         weight = image.new_full((len(image),), 0.5, dtype=torch.float64)
         losses, (row_side, col_side) = normalise(
             [(stats.T, weight, None) for stats in (rows, cols.total())], scale, exclude_positive=False
         )
-        ctx.unit = world_size / sum(sizes)
-        ctx.sizes, ctx.wanted, ctx.local_loss = sizes, wanted, local_loss
+        ctx.plan = plan
         ctx.save_for_backward(image, text, scale, row_side, col_side, torch.stack(shifts), *kept)
-        loss = losses.sum() * ctx.unit
-        return (loss if local_loss else distributed.mean(loss)).float()
+        loss = losses.sum() * plan.unit
+        return (loss if plan.local_loss else distributed.mean(loss)).float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "ClipLoss over several processes: the second derivative is not implemented (create_graph=True)"
-            )
+        _refuse_second_derivative()
         image, text, scale, row_side, col_side, shifts, *kept = ctx.saved_tensors
-        rank, _ = distributed.rank_and_world_size()
-        wants_image, wants_text, wants_scale = ctx.wanted
-        # Every rank's loss has the terms of its own rows and columns, so each owner's gradient weighs its own.
-        grads = distributed.gather_scalars(grad.float())
-        if not ctx.local_loss:
-            grads = grads.mean().expand(len(grads))
-        # Backends expect factors of order 1 and the magnitude, a GradScaler's say, in unit.
-        largest = grads.abs().max()
-        shares = torch.where(largest == 0, 0, grads / largest)
+        plan, (rank, _) = ctx.plan, distributed.rank_and_world_size()
+        sizes, block = plan.sizes, plan.block
+        wants_image, wants_text, wants_scale = plan.wanted
+        unit, shares = plan.weights(grad)
+        if shares is not None:
+            row_side, col_side = _weighed(row_side, shares[rank]), _weighed(col_side, shares[rank])
         d_image, d_scale = torch.zeros_like(image, dtype=torch.float32), torch.zeros_like(scale, dtype=torch.float32)
-        d_text = distributed.Homeward(ctx.sizes)
-        unit = largest * ctx.unit
+        d_text = distributed.Homeward(sizes, shards_per_block=block)
         travelling = [col_side.T] if kept else [col_side.T, text]
-        for step, (owner, (cols, *texts)) in enumerate(distributed.ring(travelling, ctx.sizes)):
-            shard, exponentials = kept[2 * step : 2 * step + 2] if kept else (*texts, shifts.new_empty(0, 0))
-            block = tile_backward(
+        for step, (number, (cols, *rest)) in enumerate(distributed.ring(travelling, sizes, block)):
+            texts, exponentials = kept[2 * step : 2 * step + 2] if kept else (*rest, shifts.new_empty(0, 0))
+            found = tile_backward(
                 unit,
                 image,
-                shard,
+                texts,
                 scale.float(),
-                _side_of_block(row_side, shares[rank], shifts[step]),
-                _side_of_block(cols.T, shares[owner], shifts[step]),
+                _side_of_block(row_side, shifts[step]),
+                _side_of_block(cols.T, shifts[step]),
                 shifts[step],
                 exponentials,
                 None,
                 None,
-                _label_offset(owner == rank, shard),
+                label_offset(number, sizes, block),
                 wants_image,
                 wants_text,
             )
             if wants_image:
-                d_image += block[0]
+                d_image += found[0]
             if wants_text:
-                d_text.add(owner, block[1].float())
-            d_scale += block[2]
+                d_text.add(number, found[1].float())
+            d_scale += found[2]
         return (
             d_image.to(image.dtype) if wants_image else None,
             d_text.total().to(text.dtype) if wants_text else None,
             distributed.mean(d_scale).to(scale.dtype) if wants_scale else None,
             None,
-            None,
-            None,
         )
 
 
-def _label_offset(own: bool, shard: Tensor) -> int:
-    """The positives are on the diagonal of the rank's own texts; past the end of a shard there are none."""
-    return 0 if own else len(shard)
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "ClipLoss over several processes: the second derivative is not implemented (create_graph=True)"
+        )
+
+
+def _per_row(shares: Tensor, sizes: list[int]) -> Tensor:
+    """(N,) from (ranks,): each rank's number for each of its rows."""
+    if min(sizes) == max(sizes):
+        return shares.repeat_interleave(sizes[0])
+    return torch.cat([share.expand(size) for share, size in zip(shares, sizes, strict=True)])
+
+
+def _weighed(side: Tensor, share: Tensor) -> Tensor:
+    """`normalise`'s shift, factor and target (3, n) of a gradient that is weighed by share."""
+    return torch.stack([side[0], side[1] * share, side[2] * share])
 
 
 def _merge(stats: Tensor, others: Tensor) -> Tensor:
@@ -220,12 +374,12 @@ def _merge(stats: Tensor, others: Tensor) -> Tensor:
     return torch.stack([top, total.sum(0), both[..., 2].sum(0)], 1)
 
 
-def _side_of_block(side: Tensor, share: Tensor, shift: Tensor) -> Tensor:
-    """`normalise`'s shift, factor and target (3, n) for one block whose gradient is weighed by share.
+def _side_of_block(side: Tensor, shift: Tensor) -> Tensor:
+    """`normalise`'s shift, factor and target (3, n) for one block.
 
     Where the block's own shift is finite, backends take it for that of every row, as in what was kept.
     """
     one = shift.isfinite()
     # It is only above a row's shift over all blocks where the row has nothing but its positive in this block.
     factor = side[1] * torch.where(one, torch.exp2((shift - side[0]).clamp(max=0)), 1)
-    return torch.stack([torch.where(one, shift, side[0]), factor * share, side[2] * share])
+    return torch.stack([torch.where(one, shift, side[0]), factor, side[2]])

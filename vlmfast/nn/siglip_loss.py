@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import distributed
-from vlmfast.nn._features import check_ranks, check_rows, contrast_pairwise, of_one_dtype
+from vlmfast.nn._features import (
+    check_ranks,
+    check_rows,
+    contrast_pairwise,
+    label_offset,
+    of_one_dtype,
+    sizes_of_shards,
+)
 from vlmfast.nn._sizes import check_integer
+from vlmfast.nn.exchange import shards_per_block
 from vlmfast.ops import _pairs
+from vlmfast.ops._arguments import check_flag
 from vlmfast.ops.sigmoid_loss import tile_forward
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
@@ -21,8 +30,9 @@ class SigLipLoss(nn.Module):
 
     With several processes each rank returns the loss of its images against all texts; values and gradients are
     open_clip's. After DistributedDataParallel's mean, the gradients are those of one process on the global batch.
-    Texts travel round a ring of ranks while the next block is computed. All gradients are computed in forward, so the
-    gradient that arrives at the loss must be the same on every rank.
+    Texts are gathered, and their gradients added up and given to their owners, by one collective each; or they travel
+    round a ring of ranks while the next block is computed. `vlmfast.nn.exchange` says which. All gradients are computed
+    in forward, so the gradient that arrives at the loss must be the same on every rank.
 
     Args:
         cache_labels: accepted for compatibility; no labels are ever built.
@@ -32,11 +42,15 @@ class SigLipLoss(nn.Module):
             accepted for compatibility, the result is the same.
         chunk_size: rows of logits at a time in open_clip's main branch, which bounds its memory; accepted for
             compatibility, there is no such bound to choose here, and the result is the same. None or 0: not chunked.
+        uniform: a promise that on all ranks features have the same shape and dtype and the same inputs need a gradient.
+            The ranks then do not ask each other, and the host does not wait for the device. Where it does not hold,
+            results are wrong or the ranks wait for each other until the process group's timeout.
     Raises:
-        TypeError: rank, world_size or chunk_size is no integer.
+        TypeError: rank, world_size or chunk_size is no integer, or uniform no bool.
         ValueError: world_size or chunk_size is negative, rank is not in [0, world_size) of several processes, or
             dist_impl is not one of those names.
-    Memory, n rows of N on this rank: O(n*D). FLOPs, forward and backward: 6*n*N*D, all in forward.
+    Memory, n rows of N on this rank: O(N*D) where texts are gathered, O(n*D) on the ring. FLOPs, forward and backward:
+    6*n*N*D, all in forward.
     Source: Zhai et al. 2023, algorithm 1 and section 3.3; open_clip's loss.py for the interface.
     """
 
@@ -47,9 +61,11 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         chunk_size: int | None = None,
+        uniform: bool = False,
     ) -> None:
         super().__init__()
         check_ranks("SigLipLoss", rank, world_size)
+        check_flag("SigLipLoss", "uniform", uniform)
         if chunk_size is not None:
             check_integer("SigLipLoss", "chunk_size", chunk_size, least=0)
         if dist_impl is not None and dist_impl not in DIST_IMPLS:
@@ -59,6 +75,7 @@ class SigLipLoss(nn.Module):
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
+        self.uniform = uniform
 
     def forward(
         self,
@@ -101,7 +118,7 @@ class SigLipLoss(nn.Module):
     ) -> Tensor:
         distributed.check_rank("SigLipLoss", self.rank, self.world_size)
         wanted = [torch.is_grad_enabled() and t.requires_grad for t in (image, text)]
-        sizes = distributed.shard_sizes("SigLipLoss", image, text, gradients=wanted)
+        sizes = sizes_of_shards("SigLipLoss", image, text, wanted, self.world_size if self.uniform else None)
         if image.dtype == torch.float64:
             all_text, offset = distributed.gather(text, sizes), sum(sizes[: self.rank])
             loss = contrast_pairwise(image, all_text, logit_scale, logit_bias, label_offset=offset)
@@ -114,9 +131,9 @@ class SigLipLoss(nn.Module):
 
 
 class _Blocks(torch.autograd.Function):
-    """This rank's images against all texts, a shard of texts at a time.
+    """This rank's images against all texts, gathered or a block of ranks' texts at a time.
 
-    No normaliser has to wait for the other blocks: the gradients are computed with the loss, and those of a shard of
+    No normaliser has to wait for the other blocks: the gradients are computed with the loss, and those of a block of
     texts follow it round the ring.
     """
 
@@ -125,20 +142,31 @@ class _Blocks(torch.autograd.Function):
         ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, sizes: list[int], wanted: list[bool]
     ) -> Tensor:
         rank, world_size = distributed.rank_and_world_size()
-        sums: list[Tensor] = []
-        d_text = distributed.Homeward(sizes)
-        for owner, (shard,) in distributed.ring([text], sizes):
-            # The positives are on the diagonal of the rank's own texts; past the end of a shard there are none.
-            offset = 0 if owner == rank else len(shard)
-            loss, d_image, part, d_scale, d_bias = tile_forward(image, shard, scale, bias, None, None, offset, *wanted)
-            block = [loss, d_image, d_scale, d_bias]
-            sums = [a + b for a, b in zip(sums, block, strict=True)] if sums else block
+        block = shards_per_block(sizes, text)
+        if block == world_size:
+            texts, offset = distributed.gather_rows(text, sizes), sum(sizes[:rank])
+            total, d_image, d_text, d_scale, d_bias = tile_forward(
+                image, texts, scale, bias, None, None, offset, *wanted
+            )
             if wanted[1]:
-                d_text.add(owner, part)
-        total, d_image, d_scale, d_bias = sums
+                d_text, _ = distributed.reduce_scatter(d_text, sizes)
+        else:
+            sums: list[Tensor] = []
+            homeward = distributed.Homeward(sizes, shards_per_block=block)
+            for number, (texts,) in distributed.ring([text], sizes, block):
+                offset = label_offset(number, sizes, block)
+                loss, d_image, part, d_scale, d_bias = tile_forward(
+                    image, texts, scale, bias, None, None, offset, *wanted
+                )
+                found = [loss, d_image, d_scale, d_bias]
+                sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+                if wanted[1]:
+                    homeward.add(number, part)
+            total, d_image, d_scale, d_bias = sums
+            d_text = homeward.total() if wanted[1] else d_image
         ctx.unit = world_size / sum(sizes)
         ctx.dtypes = [t.dtype for t in (image, text, scale, bias)]
-        ctx.save_for_backward(d_image, d_text.total() if wanted[1] else d_image, d_scale, d_bias)
+        ctx.save_for_backward(d_image, d_text, d_scale, d_bias)
         return total * ctx.unit
 
     @staticmethod
