@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, multiprocessing
 from torch import distributed as dist
 
+from vlmfast.nn import clip_loss, siglip_loss
+
 ROOT = Path(__file__).parents[2]
 # What the processes import, once: they are forked from a server that has it, and that never ran a backward pass, as
 # autograd's threads do not survive a fork of the process of the tests.
@@ -53,6 +55,17 @@ def run_processes(function: Callable[..., None], world_size: int, *arguments: An
             nprocs=world_size,
             start_method="forkserver",
         )
+
+
+def exchange(shards_per_block: int) -> None:
+    """From now on in this process the losses send texts in such blocks, and gather them where it is the world size."""
+    for module in (clip_loss, siglip_loss):
+        module.shards_per_block = lambda sizes, text: shards_per_block
+
+
+def divisors(world_size: int) -> list[int]:
+    """What `exchange` may be given, from the ring of single shards to one gathered block."""
+    return [block for block in range(1, world_size + 1) if world_size % block == 0]
 
 
 class _MeanOfGradients(torch.autograd.Function):

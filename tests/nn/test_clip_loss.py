@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from contrastive import check, pairs
-from processes import as_one_process, run_processes
+from processes import as_one_process, divisors, exchange, run_processes
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -120,6 +120,8 @@ def test_one_process_uses_no_process_group(monkeypatch: pytest.MonkeyPatch) -> N
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"rank must be in \[0, world_size\); got rank 2, world_size 2"):
         ClipLoss(rank=2, world_size=2)
+    with pytest.raises(TypeError, match="ClipLoss: uniform must be True or False"):
+        ClipLoss(uniform=1)
     with pytest.raises(ValueError, match=r"same number of rows; got \(3, 4\) and \(2, 4\)"):
         ClipLoss()(torch.randn(3, 4), torch.randn(2, 4), 1.0)
     with pytest.raises(ValueError, match=r"those of torch.distributed, \(0, 1\); got \(1, 2\)"):
@@ -130,14 +132,15 @@ def _compare_with_open_clip(rank: int, world_size: int) -> None:
     torch.manual_seed(rank)
     image, text = unit(6, 16), unit(6, 16)
     for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
-        for weight in (1.0, rank + 1.0):  # the second: a loss that weighs differently on each rank
+        # The second: a loss that weighs differently on each rank, which the third promises not to.
+        for weight, uniform in ((1.0, False), (rank + 1.0, False), (1.0, True)):
             options = {
                 "local_loss": local_loss,
                 "gather_with_grad": gather_with_grad,
                 "rank": rank,
                 "world_size": world_size,
             }
-            ours = gradients(ClipLoss(**options), image, text, weight)
+            ours = gradients(ClipLoss(**options, uniform=uniform), image, text, weight)
             theirs = gradients(open_clip_loss.ClipLoss(**options), image, text, weight)
             if gather_with_grad:
                 # Ours is the mean on every rank, open_clip's has this mean.
@@ -189,7 +192,14 @@ def _as_exact_as_eager(rank: int, world_size: int, sizes: list[int]) -> None:
         (5, 0.1, 1000.0, torch.float32),
         (16, 0.5, 20.0, torch.bfloat16),
     ]
-    for local_loss, budget in itertools.product((False, True), (1 << 30, 0)):
+    world = [(world_size, local_loss, budget) for local_loss in (False, True) for budget in (1 << 30, 0)]
+    rings = [
+        (block, local_loss, (1 << 30) * (local_loss == (block == 1)))
+        for block in divisors(world_size)[:-1]
+        for local_loss in (False, True)
+    ]
+    for block, local_loss, budget in world + rings:
+        exchange(block)
         clip_loss.STORE_BUDGET_BYTES = budget
         loss = ClipLoss(local_loss, gather_with_grad=True, rank=rank, world_size=world_size)
         for dim, noise, scale, dtype in cases:
@@ -208,14 +218,16 @@ def _extremes(rank: int, world_size: int) -> None:
     loss = ClipLoss(gather_with_grad=True, rank=rank, world_size=world_size)
     image, text = pairs(8, 5)
     sizes = [1, 4, 3]
-    for low, high in ((1.0, 1e3), (1e-3, 30.0), (-300.0, 300.0)):
-        factors = torch.linspace(low, high, 8)[:, None]
-        check(as_one_process(loss, sizes), eager, image * factors, text, 2.0)
-    # All pairs are opposites, and the first rank's own block has no negatives to take a shift from.
-    check(as_one_process(loss, sizes), eager, image[:1] + 0.05 * image, -image[:1] + 0.05 * text, 200.0)
-    broken = text.float()
-    broken[7, 2] = float("nan")
-    assert loss(image.float().split(sizes)[rank], broken.split(sizes)[rank], 5.0).isnan()
+    for block in (1, 3):
+        exchange(block)
+        for low, high in ((1.0, 1e3), (1e-3, 30.0), (-300.0, 300.0)):
+            factors = torch.linspace(low, high, 8)[:, None]
+            check(as_one_process(loss, sizes), eager, image * factors, text, 2.0)
+        # All pairs are opposites, and the first rank's own block has no negatives to take a shift from.
+        check(as_one_process(loss, sizes), eager, image[:1] + 0.05 * image, -image[:1] + 0.05 * text, 200.0)
+        broken = text.float()
+        broken[7, 2] = float("nan")
+        assert loss(image.float().split(sizes)[rank], broken.split(sizes)[rank], 5.0).isnan()
 
 
 def test_blocks_of_very_different_logits() -> None:
@@ -225,7 +237,8 @@ def test_blocks_of_very_different_logits() -> None:
 def _frozen(rank: int, world_size: int) -> None:
     torch.manual_seed(rank)
     values = (unit(4, 6), unit(4, 6), torch.tensor(9.0))
-    for budget in (1 << 30, 0):
+    for budget, block in ((1 << 30, 2), (1 << 30, 1), (0, 1)):
+        exchange(block)
         clip_loss.STORE_BUDGET_BYTES = budget
         loss = ClipLoss(gather_with_grad=True, rank=rank, world_size=world_size)
         reference = open_clip_loss.ClipLoss(gather_with_grad=True, rank=rank, world_size=world_size)
@@ -280,7 +293,8 @@ def _parameters_gradient(sizes: list[int], loss: nn.Module, rank: int | None) ->
 
 def _compare_with_one_process(rank: int, world_size: int, sizes: list[int]) -> None:
     expected = _parameters_gradient(sizes, open_clip_loss.ClipLoss(), None)
-    for local_loss in (False, True):
+    for local_loss, block in itertools.product((False, True), (world_size, 1)):
+        exchange(block)
         loss = ClipLoss(local_loss, gather_with_grad=True, rank=rank, world_size=world_size)
         for a, b in zip(_parameters_gradient(sizes, loss, rank), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

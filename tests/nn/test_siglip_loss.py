@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from contrastive import check, pairs
-from processes import as_one_process, run_processes
+from processes import as_one_process, divisors, exchange, run_processes
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -87,6 +87,8 @@ def test_one_process_uses_no_process_group(monkeypatch: pytest.MonkeyPatch) -> N
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"rank must be in \[0, world_size\); got rank -1, world_size 2"):
         SigLipLoss(rank=-1, world_size=2)
+    with pytest.raises(TypeError, match="SigLipLoss: uniform must be True or False"):
+        SigLipLoss(uniform=None)
     with pytest.raises(ValueError, match="dist_impl must be None or one of bidir, shift, reduce, gather; got 'ring'"):
         SigLipLoss(dist_impl="ring")
     with pytest.raises(ValueError, match=r"same number of rows; got \(3, 4\) and \(2, 4\)"):
@@ -100,7 +102,7 @@ def _compare_with_open_clip(rank: int, world_size: int) -> None:
     image, text = unit(6, 16), unit(6, 16)
     for dist_impl in (None, "bidir", "shift", "reduce", "gather"):
         options = {"rank": rank, "world_size": world_size, "dist_impl": dist_impl}
-        ours = gradients(SigLipLoss(**options), image, text, 3.0)
+        ours = gradients(SigLipLoss(**options, uniform=dist_impl is None), image, text, 3.0)
         theirs = gradients(open_clip_loss.SigLipLoss(**options), image, text, 3.0)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, msg=lambda text, d=dist_impl: f"{d}: {text}")
@@ -119,12 +121,14 @@ def _as_exact_as_eager(rank: int, world_size: int, sizes: list[int]) -> None:
     torch.manual_seed(1)
     loss = as_one_process(SigLipLoss(rank=rank, world_size=world_size), sizes)
     eager = open_clip_loss.SigLipLoss()
-    for dim, noise, scale, bias, dtype in (
-        (16, None, 10.0, -10.0, torch.float32),
-        (5, 0.1, 100.0, -50.0, torch.float32),
-        (16, 0.5, 10.0, -8.0, torch.bfloat16),
-    ):
-        check(loss, eager, *pairs(sum(sizes), dim, noise), scale, bias, dtype=dtype)
+    for block in divisors(world_size):
+        exchange(block)
+        for dim, noise, scale, bias, dtype in (
+            (16, None, 10.0, -10.0, torch.float32),
+            (5, 0.1, 100.0, -50.0, torch.float32),
+            (16, 0.5, 10.0, -8.0, torch.bfloat16),
+        ):
+            check(loss, eager, *pairs(sum(sizes), dim, noise), scale, bias, dtype=dtype)
 
 
 @pytest.mark.parametrize("sizes", [[1, 1], [150, 70], [5, 9], [3, 1, 4, 2], [1, 30, 2, 17]], ids=str)
@@ -138,7 +142,8 @@ def _frozen(rank: int, world_size: int) -> None:
     loss = SigLipLoss(rank=rank, world_size=world_size)
     expected = [value.clone().requires_grad_() for value in values]
     open_clip_loss.SigLipLoss(rank=rank, world_size=world_size)(*expected).backward()
-    for wanted in itertools.product((False, True), repeat=4):
+    for block, *wanted in itertools.product((1, 2), *4 * [(False, True)]):
+        exchange(block)
         leaves = [value.clone().requires_grad_(wants) for value, wants in zip(values, wanted, strict=True)]
         if any(wanted):
             loss(*leaves).backward()
@@ -182,9 +187,11 @@ def _parameters_gradient(sizes: list[int], loss: nn.Module, rank: int | None) ->
 
 def _compare_with_one_process(rank: int, world_size: int, sizes: list[int]) -> None:
     expected = _parameters_gradient(sizes, open_clip_loss.SigLipLoss(), None)
-    got = _parameters_gradient(sizes, SigLipLoss(rank=rank, world_size=world_size), rank)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for block in (world_size, 1):
+        exchange(block)
+        got = _parameters_gradient(sizes, SigLipLoss(rank=rank, world_size=world_size), rank)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [[7, 7], [3, 1, 4, 2]], ids=str)

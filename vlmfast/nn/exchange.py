@@ -30,6 +30,7 @@ class Costs:
             ranks has binary digits.
         launch: seconds that a forward or a backward op takes at least, however small.
         rate: floating-point operations per second of the op, on large tiles.
+        overlaps: whether transfers go on while products are computed, and do not take their cores.
         budget: bytes that a rank may spend on the texts of others and their gradients.
     """
 
@@ -37,15 +38,16 @@ class Costs:
     latency: float
     launch: float
     rate: float
+    overlaps: bool
     budget: int
 
 
 COSTS = {
     # rate and launch measured, on one H100 (docs/large_batches.md); bandwidth and latency assumed, of a network of
     # 400 Gbit/s per GPU.
-    "cuda": Costs(bandwidth=50e9, latency=20e-6, launch=1e-3, rate=500e12, budget=6 << 30),
+    "cuda": Costs(bandwidth=50e9, latency=20e-6, launch=1e-3, rate=500e12, overlaps=True, budget=6 << 30),
     # Measured, gloo's processes on one machine of two cores; assumed of every other machine.
-    "cpu": Costs(bandwidth=1e9, latency=2e-4, launch=1e-4, rate=1e11, budget=1 << 30),
+    "cpu": Costs(bandwidth=1e9, latency=2e-4, launch=1e-4, rate=1e11, overlaps=False, budget=1 << 30),
 }
 """By type of device; "cuda" stands for every accelerator."""
 
@@ -84,7 +86,7 @@ def step_seconds(block: int, world_size: int, rows: int, dim: int, itemsize: int
         products = turns * costs.launch + share * flops / costs.rate
         travel = (turns - 1) * (2 * costs.latency + block * rows * sent / costs.bandwidth)
         within = 2 * costs.latency + (block - 1) * rows * sent / costs.bandwidth if block > 1 else 0.0
-        seconds += max(products, travel) + within
+        seconds += (max(products, travel) if costs.overlaps else products + travel) + within
     return seconds
 
 
