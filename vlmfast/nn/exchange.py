@@ -46,7 +46,7 @@ COSTS = {
     # rate and launch measured, on one H100 (docs/large_batches.md); bandwidth and latency assumed, of a network of
     # 400 Gbit/s per GPU.
     "cuda": Costs(bandwidth=50e9, latency=20e-6, launch=1e-3, rate=500e12, overlaps=True, budget=6 << 30),
-    # Measured, gloo's processes on one machine of two cores; assumed of every other machine.
+    # Assumed; the order of magnitude that gloo's processes on one machine have, whose transfers take their own cores.
     "cpu": Costs(bandwidth=1e9, latency=2e-4, launch=1e-4, rate=1e11, overlaps=False, budget=1 << 30),
 }
 """By type of device; "cuda" stands for every accelerator."""
