@@ -133,12 +133,16 @@ def test_backends_are_asked_whatever_is_forced_outside(monkeypatch: pytest.Monke
     assert doctor.reasons("cpu") == expected
 
 
-def test_speed_as_on_a_gpu_rehearsed_on_the_cpu() -> None:
+def test_speed_as_on_a_gpu_rehearsed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Triton, whose interpreter takes a second for what is repeated here."""
+    timed_here = [(op, backend) for op, backend in doctor.runnable("cpu") if backend != "triton"]
+    assert {op for op, _ in timed_here} == OPS
+    monkeypatch.setattr(doctor, "runnable", lambda device: timed_here)
     rates = doctor.rates("cpu", side=64, copied=1 << 16, rounds=1)
     assert rates.keys() == {"bandwidth", "float32 ieee", *doctor.DTYPES}
     assert min(rates.values()) > 0
     timed = doctor.timings("cpu", rates, large=False, rounds=1)
-    assert [(row["op"], row["backend"]) for row in timed[::3]] == doctor.runnable("cpu")
+    assert [(row["op"], row["backend"]) for row in timed[::3]] == timed_here
     for row in timed:
         assert row["share"] == pytest.approx(row["roofline_seconds"] / row["seconds"])
     found = {"machine": doctor.facts(), "backends": {}, "kernels": {}, "checks": [], "not_checked": []}
