@@ -38,7 +38,8 @@ def _entry(rank: int, world_size: int, store: str, seconds: float, environment: 
         timeout=datetime.timedelta(seconds=seconds),
     )
     function(rank, world_size, *arguments)
-    dist.destroy_process_group()
+    if dist.is_initialized():  # an example that is run has ended it
+        dist.destroy_process_group()
 
 
 def run_processes(function: Callable[..., None], world_size: int, *arguments: Any, timeout: float = 60) -> None:
