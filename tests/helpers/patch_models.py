@@ -312,24 +312,41 @@ def open_flamingo() -> tuple[nn.Module, Inputs]:
 
 
 class Known(NamedTuple):
-    """How to make a model, what is replaced in it, by name in the model and by the name of its class, and what not."""
+    """How to make a model, what is replaced in it, by name in the model and by the name of its class, and what not.
+
+    `layers`: how many layers of a tower it can do with.
+    """
 
     make: Callable[[], tuple[nn.Module, Inputs]]
     replaced: dict[str, str]
     left: tuple[str, ...] = ()
+    layers: int = 1
+
+    def shortened(self) -> tuple[nn.Module, Inputs]:
+        """With these layers alone, which are the library's own and take a compiler long; what is replaced is whole."""
+        model, inputs = self.make()
+        for name, module in list(model.named_modules()):
+            whole = any(
+                f"{path}.".startswith(f"{name}.") or name.startswith(f"{path}.") for path in self.replaced if path
+            )
+            if isinstance(module, nn.ModuleList) and not whole:
+                del module[self.layers :]
+        return model, inputs
 
 
 MODELS = {
-    "clip": Known(clip, {"": "CLIPModel", "vision_model.embeddings": "CLIPVisionEmbeddings"}),
-    "siglip": Known(siglip, {"": "SiglipModel", "vision_model.embeddings": "SiglipVisionEmbeddings"}),
-    "siglip2": Known(siglip2, {"": "Siglip2Model", "vision_model.embeddings": "Siglip2VisionEmbeddings"}),
-    "dual encoder": Known(dual_encoder, {"": "VisionTextDualEncoderModel", "vision_model.embeddings": "ViTEmbeddings"}),
+    "clip": Known(clip, {"": "CLIPModel", "vision_model.embeddings": "CLIPVisionEmbeddings"}, layers=0),
+    "siglip": Known(siglip, {"": "SiglipModel", "vision_model.embeddings": "SiglipVisionEmbeddings"}, layers=0),
+    "siglip2": Known(siglip2, {"": "Siglip2Model", "vision_model.embeddings": "Siglip2VisionEmbeddings"}, layers=0),
+    "dual encoder": Known(
+        dual_encoder, {"": "VisionTextDualEncoderModel", "vision_model.embeddings": "ViTEmbeddings"}, layers=0
+    ),
     "align": Known(align, {"": "AlignModel"}),
-    "flava": Known(flava, {"image_model.embeddings": "FlavaImageEmbeddings"}),
+    "flava": Known(flava, {"image_model.embeddings": "FlavaImageEmbeddings"}, layers=0),
     "bridgetower": Known(
         bridgetower, {"bridgetower.vision_model.visual.embeddings": "BridgeTowerVisionEmbeddings"}, ("",)
     ),
-    "vit": Known(vit, {"vit.embeddings": "ViTEmbeddings"}),
+    "vit": Known(vit, {"vit.embeddings": "ViTEmbeddings"}, layers=0),
     "idefics": Known(
         idefics, {f"model.gated_cross_attn_layers.{i}": "IdeficsGatedCrossAttentionLayer" for i in range(2)}, ("",)
     ),
@@ -337,7 +354,9 @@ MODELS = {
         mllama,
         {"": "MllamaForConditionalGeneration", "model.language_model.layers.1": "MllamaCrossAttentionDecoderLayer"},
     ),
-    "qwen2-vl": Known(qwen2_vl, {"": "Qwen2VLForConditionalGeneration", "model.visual.patch_embed": "PatchEmbed"}),
+    "qwen2-vl": Known(
+        qwen2_vl, {"": "Qwen2VLForConditionalGeneration", "model.visual.patch_embed": "PatchEmbed"}, layers=0
+    ),
     "timm": Known(timm_vit, {"model.patch_embed": "PatchEmbed"}),
     "naflex": Known(naflex, {"model.embeds": "NaFlexEmbeds"}),
     "naflex, convolution": Known(naflex_convolution, {"model.embeds": "NaFlexEmbeds"}),

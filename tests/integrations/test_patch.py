@@ -130,7 +130,7 @@ def test_checkpoints_load_into_the_original(known: Known, tmp_path: Path) -> Non
 
 
 def test_compiled(known: Known) -> None:
-    model, inputs = known.make()
+    model, inputs = known.shortened()
     expected = results(model.train(), inputs)
     vlmfast.patch(model)
     torch.compiler.reset()
@@ -213,7 +213,7 @@ def test_hooks_of_what_is_replaced_go_on_running() -> None:
 
 
 def test_compiled_in_full_and_patched_afterwards() -> None:
-    model, inputs = clip()
+    model, inputs = MODELS["clip"].shortened()
     torch.compiler.reset()
     compiled = torch.compile(model)
     expected = compiled(**inputs)
