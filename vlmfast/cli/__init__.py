@@ -32,7 +32,7 @@ FINDINGS = ("bench", "doctor")
 """Commands whose exit code 1 is a finding; their errors are 2."""
 EXTRAS = {"bench": "bench", "eval": "eval"}
 """The extra that a command's optional packages are of, where it is not `train`."""
-PACKAGES = {"torchvision": "detection"}
+PACKAGES = {"torchvision": "detection", "webdataset": "streaming"}
 """The same of a package, whatever the command."""
 
 

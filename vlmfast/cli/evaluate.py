@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmfast.cli.arguments import parse, value_of
+from vlmfast.cli.arguments import UsageError, parse, value_of
+from vlmfast.data import is_stream
 from vlmfast.models import model_class, model_type
 from vlmfast.tasks import TASKS, default_task, task_class
 
@@ -59,6 +60,9 @@ def run(arguments: Sequence[str]) -> int:
 
     from vlmfast.models.checkpoints import find_tokenizer, load
     from vlmfast.models.contract import parse_overrides
+
+    if is_stream(source := value_of("--data", arguments)):
+        raise UsageError(f"--data {source}: expected files on a local disk, since samples are scored by index")
 
     # The task decides which flags there are, and the model which task it is.
     checkpoint = value_of("--checkpoint", arguments)

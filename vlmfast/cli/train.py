@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmfast import data
 from vlmfast.cli.arguments import UsageError, parse, split, value_of
 from vlmfast.models import MODELS, model_class
 from vlmfast.tasks import TASKS, default_task, evaluator, task_class
@@ -20,6 +21,7 @@ SHOWN = (
     "per_device_train_batch_size",
     "cache_chunk",
     "num_train_epochs",
+    "train_samples",
     "max_steps",
     "learning_rate",
     "weight_decay",
@@ -44,7 +46,16 @@ class DataArguments:
 
     data: str = field(
         default="",
-        metadata={"help": "Samples: a glob of webdataset .tar shards, a .csv or .tsv, or a folder (docs/data.md)."},
+        metadata={
+            "help": "Samples: a glob of webdataset .tar shards, a .csv or .tsv, a folder (docs/data.md), or a stream:"
+            " 'pipe:COMMAND' or a URL, with lists in braces (docs/streaming.md)."
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read shards on a local disk as a stream too, in order and without an index."}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Of a stream, samples that each data worker shuffles at a time."}
     )
     task: str | None = field(
         default=None, metadata={"help": f"Fine-tune for a task instead of pretraining: {', '.join(TASKS)}."}
@@ -73,12 +84,30 @@ class DataArguments:
             raise UsageError("--data is needed: shards, a table or a folder of samples")
         if not 0 <= self.keywords <= 1:
             raise UsageError(f"--keywords: expected a probability, got {self.keywords}")
+        self._check_streams()
         if self.task and (self.keywords or self.cache_features):
             raise UsageError(f"--keywords and --cache-features have no effect beside --task {self.task}")
         if self.features and self.cache_features:
             raise UsageError("--features and --cache-features exclude each other")
         if self.val_features and not self.val_data:
             raise UsageError("--val-features has no effect without --val-data")
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether --data is read in order, without an index."""
+        return self.streaming or data.is_stream(self.data)
+
+    def _check_streams(self) -> None:
+        if self.shuffle_buffer < 1:
+            raise UsageError(f"--shuffle-buffer: expected at least 1, got {self.shuffle_buffer}")
+        if data.is_stream(self.val_data):
+            raise UsageError(f"--val-data {self.val_data}: expected files on a local disk, which can be read by index")
+        for name in ("task", "features", "cache_features"):
+            if self.is_stream and getattr(self, name) is not None:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} reads samples by index; expected --data on a "
+                    f"local disk and no --streaming, got {self.data}"
+                )
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -132,7 +161,7 @@ def run(arguments: Sequence[str]) -> int:
             model, data_args.data, tokenizer, options, features=data_args.features, seed=args.seed
         )
     batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and len(dataset) < batch:
+    if args.dataloader_drop_last and not data_args.is_stream and len(dataset) < batch:
         raise ValueError(f"--data has {len(dataset)} samples, fewer than one batch of {batch}")
 
     make_record, default = _record(name, cls, options, data_args, task_options, args, dataset)
@@ -154,7 +183,8 @@ def run(arguments: Sequence[str]) -> int:
         parameters = [p.numel() for p in model.parameters()]
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         kept = f", {frozen / 1e6:.1f}M of them frozen" if frozen else ""
-        print(f"{name}: {sum(parameters) / 1e6:.1f}M parameters{kept}, {len(dataset)} samples, batch {batch}")
+        size = f"a stream of {len(dataset.urls)} shards" if data_args.is_stream else f"{len(dataset)} samples"
+        print(f"{name}: {sum(parameters) / 1e6:.1f}M parameters{kept}, {size}, batch {batch}")
         for note in started.notes:
             print(note)
         if args.resume:
@@ -216,8 +246,8 @@ def _tokenizer(cls: Any, options: Any, data_args: DataArguments) -> Any:
 
 def _training_data(model: Any, tokenizer: Any, options: Any, data_args: DataArguments, args: Any) -> tuple[Any, Any]:
     """The dataset, and what makes batches of it; with --cache-features what frozen parts give, in the images' place."""
-    from vlmfast import data
-
+    if data_args.is_stream:
+        return _streamed_data(model, tokenizer, options, data_args, args)
     folder = data_args.cache_features
     if folder is not None and not hasattr(model, "frozen_features"):
         raise ValueError(
@@ -252,6 +282,26 @@ def _training_data(model: Any, tokenizer: Any, options: Any, data_args: DataArgu
         args.distributed_state.wait_for_everyone()
     if hasattr(model, "training_data"):
         dataset = model.training_data(options, dataset, tokenizer)
+    return dataset, model.collator(options, tokenizer, train=True)
+
+
+def _streamed_data(model: Any, tokenizer: Any, options: Any, data_args: DataArguments, args: Any) -> tuple[Any, Any]:
+    """As `_training_data`, of a stream."""
+    if args.max_steps < 1:
+        raise UsageError(f"--train-samples is needed: --data {data_args.data} is a stream, which has no epochs")
+    dataset = data.StreamingDataset(
+        data_args.data,
+        transform=model.transform(options, train=True),
+        keywords=data_args.keywords,
+        seed=args.seed,
+        requires=model.requires,
+        buffer=data_args.shuffle_buffer,
+        rank=args.process_index,
+        world_size=args.world_size,
+    )
+    dataset.check_streams(args.dataloader_num_workers)
+    if hasattr(model, "training_data"):
+        model.training_data(options, dataset, tokenizer)  # a TypeError where it needs samples by index
     return dataset, model.collator(options, tokenizer, train=True)
 
 

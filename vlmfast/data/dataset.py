@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from vlmfast.data.files import FolderPairs, TablePairs
 from vlmfast.data.images import TooManyPixelsError, decode_image
 from vlmfast.data.lines import TextLines
-from vlmfast.data.records import Pairs, Text, has_field
+from vlmfast.data.records import Files, Pairs, Text, has_field, is_stream
 from vlmfast.data.shards import ShardPairs
 from vlmfast.data.transforms import Transform
 
@@ -64,6 +64,99 @@ class Sample:
     features: dict[str, Tensor] | None = None
     images: list[Tensor] = field(default_factory=list)
     prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is made of a source's sample; the arguments of `ImageTextDataset`."""
+
+    transform: Transform | None
+    keywords: float = 0.0
+    requires: tuple[str, ...] = ()
+
+    def sample(
+        self,
+        pairs: Files,
+        index: int,
+        generator: np.random.Generator,
+        draw_caption: bool,
+        found: Tensor | dict[str, Tensor] | None = None,
+    ) -> Sample | str:
+        """The sample, or the reason why it cannot be used.
+
+        Args:
+            draw_caption: one of several, where the first is taken otherwise.
+            found: its row of a dataset's `features`.
+        """
+        text = pairs.text(index)
+        if reason := self.lacks(text):
+            return reason
+        record = text.record or {}
+        image, images, features = None, [], None
+        if isinstance(found, Tensor):
+            image = found
+        else:
+            features = found
+            if self.transform is not None:
+                decoded = self._images(pairs, index, generator, record)
+                if isinstance(decoded, str):
+                    return decoded
+                image, images = decoded[0], decoded if pairs.numbered(index) else []
+        caption, keywords = text.caption or "", text.keywords
+        if draw_caption and len(text.captions) > 1:
+            caption = text.captions[generator.integers(len(text.captions))]
+        if keywords and generator.random() < self.keywords:
+            chosen = generator.permutation(len(keywords))[: generator.integers(1, len(keywords), endpoint=True)]
+            caption = " ".join(keywords[k] for k in chosen)
+        seed = int(generator.integers(2**63))
+        return Sample(image, caption, _key(pairs, index), text.category, seed, record, features, images)
+
+    def lacks(self, text: Text) -> str | None:
+        """The reason why a sample with this text is of no use."""
+        if "caption" in self.requires and not text.caption:
+            return "missing caption" if text.caption is None else "empty caption"
+        if "caption" not in self.requires and text.record is None:
+            return "corrupt record"
+        for name in self.requires:
+            if name != "caption" and not (text.category if name == "category" else has_field(text.record or {}, name)):
+                return f"missing {name}"
+        return None
+
+    def image(self, pairs: Files, index: int, number: int, generator: np.random.Generator) -> Tensor | str:
+        """A transformed image, or the reason why there is none."""
+        if self.transform is None:
+            raise ValueError("transform: expected one that makes a tensor of an image, got None")
+        data = pairs.image(index, number)
+        if data is None:
+            return "unreadable image"
+        try:
+            image = decode_image(data, min_side=getattr(self.transform, "min_side", None))
+        except TooManyPixelsError:
+            return "image of too many pixels"
+        except ValueError:
+            return "corrupt image"
+        return self.transform(image, generator)
+
+    def _images(
+        self, pairs: Files, index: int, generator: np.random.Generator, record: dict[str, Any]
+    ) -> list[Tensor] | str:
+        """The transformed images, or the reason why there are none."""
+        count = pairs.numbered(index)
+        text = record.get("text")
+        if count and isinstance(text, str) and text.count(IMAGE_PLACE) != count:
+            return "images unlike places"
+        images: list[Tensor] = []
+        for number in range(count or 1):
+            image = self.image(pairs, index, number, generator)
+            if isinstance(image, str):
+                return image
+            images.append(image)
+        return images
+
+
+def _key(pairs: Files, index: int) -> str:
+    """The key as text that can be written: file names need not be UTF-8."""
+    return pairs.key(index).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class ImageTextDataset(Dataset[Sample | None]):
@@ -167,7 +260,7 @@ class ImageTextDataset(Dataset[Sample | None]):
     def image(self, index: int, generator: np.random.Generator) -> Tensor | None:
         """The transformed (first) image whatever its caption, or None where it cannot be read or decoded."""
         self._check_index(index)
-        image = self._image(index, 0, generator)
+        image = Recipe(self.transform).image(self._pairs, index, 0, generator)
         return None if isinstance(image, str) else image
 
     def record(self, index: int) -> dict[str, Any]:
@@ -179,7 +272,7 @@ class ImageTextDataset(Dataset[Sample | None]):
         """(key, caption, category) without reading the image; the caption is None where it is missing or empty."""
         self._check_index(index)
         text = self._pairs.text(index)
-        return self._key(index), text.caption or None, text.category
+        return _key(self._pairs, index), text.caption or None, text.category
 
     def fingerprint(self) -> str:
         """A hash of what decides the course of a run, to be compared when it is resumed.
@@ -230,74 +323,13 @@ class ImageTextDataset(Dataset[Sample | None]):
 
     def _sample(self, index: int, generator: np.random.Generator, draw_caption: bool) -> Sample | str:
         """The sample, or the reason why it cannot be used."""
-        text = self._pairs.text(index)
-        if reason := self._lacks(text):
-            return reason
-        record = text.record or {}
-        image, images, features = None, [], None
-        found = None if self.features is None else self.features[index]
-        if self.features is not None and found is None:
-            return "corrupt image"
-        if isinstance(found, Tensor):
-            image = found
-        else:
-            features = found
-            if self.transform is not None:
-                decoded = self._images(index, generator, record)
-                if isinstance(decoded, str):
-                    return decoded
-                image, images = decoded[0], decoded if self._pairs.numbered(index) else []
-        caption, keywords = text.caption or "", text.keywords
-        if draw_caption and len(text.captions) > 1:
-            caption = text.captions[generator.integers(len(text.captions))]
-        if keywords and generator.random() < self.keywords:
-            chosen = generator.permutation(len(keywords))[: generator.integers(1, len(keywords), endpoint=True)]
-            caption = " ".join(keywords[k] for k in chosen)
-        seed = int(generator.integers(2**63))
-        return Sample(image, caption, self._key(index), text.category, seed, record, features, images)
-
-    def _lacks(self, text: Text) -> str | None:
-        """The reason why a sample with this text is of no use."""
-        if "caption" in self.requires and not text.caption:
-            return "missing caption" if text.caption is None else "empty caption"
-        if "caption" not in self.requires and text.record is None:
-            return "corrupt record"
-        for name in self.requires:
-            if name != "caption" and not (text.category if name == "category" else has_field(text.record or {}, name)):
-                return f"missing {name}"
-        return None
-
-    def _images(self, index: int, generator: np.random.Generator, record: dict[str, Any]) -> list[Tensor] | str:
-        """The transformed images, or the reason why there are none."""
-        count = self._pairs.numbered(index)
-        text = record.get("text")
-        if count and isinstance(text, str) and text.count(IMAGE_PLACE) != count:
-            return "images unlike places"
-        images: list[Tensor] = []
-        for number in range(count or 1):
-            image = self._image(index, number, generator)
-            if isinstance(image, str):
-                return image
-            images.append(image)
-        return images
-
-    def _image(self, index: int, number: int, generator: np.random.Generator) -> Tensor | str:
-        if self.transform is None:
-            raise ValueError("transform: expected one that makes a tensor of an image, got None")
-        data = self._pairs.image(index, number)
-        if data is None:
-            return "unreadable image"
-        try:
-            image = decode_image(data, min_side=getattr(self.transform, "min_side", None))
-        except TooManyPixelsError:
-            return "image of too many pixels"
-        except ValueError:
-            return "corrupt image"
-        return self.transform(image, generator)
-
-    def _key(self, index: int) -> str:
-        """The key as text that can be written: file names need not be UTF-8."""
-        return self._pairs.key(index).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        recipe = Recipe(self.transform, self.keywords, self.requires)
+        if self.features is None:
+            return recipe.sample(self._pairs, index, generator, draw_caption)
+        found = self.features[index]
+        if found is None:
+            return recipe.lacks(self._pairs.text(index)) or "corrupt image"
+        return recipe.sample(self._pairs, index, generator, draw_caption, found)
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):
@@ -305,6 +337,10 @@ class ImageTextDataset(Dataset[Sample | None]):
 
 
 def _open_source(source: Source, requires: Sequence[str]) -> Pairs:
+    if is_stream(source):
+        raise ValueError(
+            f"source: {source!r} is a stream, and samples are read by index here; expected files on a local disk"
+        )
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
         if os.path.isdir(path):

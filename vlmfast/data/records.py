@@ -30,6 +30,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "text": str,
 }
 
+URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 SPELT_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -50,15 +51,9 @@ class Text(NamedTuple):
     record: dict[str, Any] | None = {}  # noqa: RUF012  # nobody writes to it
 
 
-class Pairs(Protocol):
-    """An index over samples; nothing is decoded, and the samples themselves stay on disk.
+class Files(Protocol):
+    """The files of samples, by index; nothing is decoded."""
 
-    `faults` counts what the scan could not index, by reason.
-    """
-
-    faults: Counter[str]
-
-    def __len__(self) -> int: ...
     def key(self, index: int) -> str: ...
     def text(self, index: int) -> Text: ...
 
@@ -67,6 +62,17 @@ class Pairs(Protocol):
 
     def image(self, index: int, number: int = 0) -> bytes | None:
         """The bytes of an image file, None where it cannot be read."""
+
+
+class Pairs(Files, Protocol):
+    """An index over samples, which themselves stay on disk.
+
+    `faults` counts what the scan could not index, by reason.
+    """
+
+    faults: Counter[str]
+
+    def __len__(self) -> int: ...
 
     def image_size(self, index: int) -> int:
         """Bytes of the (first) image file, -1 where it is not there."""
@@ -100,6 +106,12 @@ class PackedStrings:
     def buffers(self) -> tuple[bytes, bytes]:
         """Two byte strings that are equal for equal lists only."""
         return bytes(self._text), self._ends.tobytes()
+
+
+def is_stream(source: Any) -> bool:
+    """Whether a source, or the first of several, is a pipe or a URL, which can be read in order only."""
+    first = source[0] if isinstance(source, list | tuple) and source else source
+    return isinstance(first, str) and URL.match(first) is not None
 
 
 def parse_text(plain: bytes | None, structured: bytes | None) -> Text:

@@ -61,7 +61,7 @@ class ShardPairs:
         matched = ((match, member) for member in members if (match := MEMBER_NAME.match(member.name)))
         last = next((match[1] for member in reversed(members) if (match := MEMBER_NAME.match(member.name))), None)
         for group, parts in groupby(matched, key=lambda part: part[0][1]):
-            for sample in _samples(group, [(match[2], member) for match, member in parts]):
+            for sample in group_samples(group, [(match[2], member) for match, member in parts]):
                 if truncated and group == last and not sample.complete:
                     continue  # the other half lies behind the cut
                 self.faults["duplicate key"] += sample.repeated
@@ -117,7 +117,7 @@ class ShardPairs:
         return first
 
 
-class _Sample(NamedTuple):
+class GroupedSample(NamedTuple):
     """Offsets and sizes of the parts of one sample.
 
     `repeated` says how often all of it is there once more; `numbered`, that the images are those of a document.
@@ -136,8 +136,8 @@ class _Sample(NamedTuple):
         return bool(self.images) and not self.numbered and (self.plain != NOTHING or self.structured != NOTHING)
 
 
-def _samples(key: str, parts: list[tuple[str, Member]]) -> Iterator[_Sample]:
-    """The samples among the members of one webdataset key, whose extensions may hold dots.
+def group_samples(key: str, parts: list[tuple[str, Member]]) -> Iterator[GroupedSample]:
+    """The samples among the members of one webdataset key, given by extensions, which may hold dots.
 
     Names with further dots (`22.05.png` beside `22.05.txt`) are samples of their own. Beside members without them,
     numbered images are those of an interleaved document, and others that are no pair are left to other programs.
@@ -164,17 +164,17 @@ def _samples(key: str, parts: list[tuple[str, Member]]) -> Iterator[_Sample]:
     yield from (sample for sample in found.values() if sample.images and _has_text(sample))
 
 
-def _sample(key: str, parts: list[tuple[str, Part]]) -> _Sample:
+def _sample(key: str, parts: list[tuple[str, Part]]) -> GroupedSample:
     """A sample of the parts with one name, by their extensions; of a name that is repeated the first counts."""
     first: dict[str, Part] = {}
     for extension, part in parts:
         first.setdefault(extension, part)
     repeated = max(Counter(extension for extension, _ in parts).values()) - 1
     images = [part for extension, part in first.items() if extension in IMAGE_EXTENSIONS]
-    return _Sample(key, images, first.get("txt", NOTHING), first.get("json", NOTHING), repeated)
+    return GroupedSample(key, images, first.get("txt", NOTHING), first.get("json", NOTHING), repeated)
 
 
-def _has_text(sample: _Sample) -> bool:
+def _has_text(sample: GroupedSample) -> bool:
     return sample.plain != NOTHING or sample.structured != NOTHING
 
 

@@ -1,4 +1,4 @@
-"""Names, offsets and sizes of the files in a tar archive, from headers that are not trusted.
+"""Names, offsets and sizes of the files in a tar archive on disk or in a stream, from headers that are not trusted.
 
 Python's tarfile seeks backwards for ever at a negative size (CVE-2025-8194), reads a long name of any length into
 memory, and keeps every header that it has seen. Here an offset only grows, and a header costs 512 bytes.
@@ -6,9 +6,10 @@ memory, and keeps every header that it has seen. Here an offset only grows, and 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 BLOCK = 512
 MAX_NAME = 1 << 20  # bytes of a long name or of pax records
@@ -35,8 +36,62 @@ class Member(NamedTuple):
     size: int
 
 
-class _DamagedError(ValueError):
-    """A header that no tar writes, or one that points behind the end."""
+class DamagedError(ValueError):
+    """A header that no tar writes, or one that points behind the end; or the end is missing."""
+
+
+class Archive(Protocol):
+    """Bytes that are asked for at offsets that only grow; `length` is infinite where it is not known."""
+
+    length: float
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes, fewer where the archive ends."""
+
+    def after_zeros(self, offset: int) -> int:
+        """An offset behind the block of zeros at `offset`; no block between the two holds anything else."""
+
+
+class ForwardArchive:
+    """An archive in a stream, such as a pipe, which is read once and in order."""
+
+    length = math.inf
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._offset = 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        while self._offset < offset:
+            if not (skipped := self._stream.read(min(CHUNK, offset - self._offset))):
+                return b""
+            self._offset += len(skipped)
+        parts = []
+        while size > 0 and (part := self._stream.read(min(CHUNK, size))):  # a size in a header may be any number
+            parts.append(part)
+            self._offset += len(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def after_zeros(self, offset: int) -> int:
+        return offset + BLOCK
+
+
+class _FileArchive:
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.length = os.fstat(descriptor).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def after_zeros(self, offset: int) -> int:
+        while chunk := os.pread(self._descriptor, CHUNK, offset):
+            if any(chunk):
+                first = len(chunk) - len(chunk.lstrip(b"\0"))
+                return offset + first // BLOCK * BLOCK
+            offset += len(chunk)
+        return offset
 
 
 def scan(path: str, descriptor: int) -> tuple[list[Member], bool]:
@@ -50,44 +105,45 @@ def scan(path: str, descriptor: int) -> tuple[list[Member], bool]:
     Raises:
         ValueError: the file is compressed or no tar archive, or holds sparse files.
     """
-    length = os.fstat(descriptor).st_size
-    start = os.pread(descriptor, BLOCK, 0)
-    if len(start) < BLOCK or (any(start) and not _sound(start)):
-        for magic, kind in COMPRESSED.items():
-            if start.startswith(magic):
-                raise ValueError(f"source: {path} is {kind}; expected a plain .tar, which can be read by offset")
-        if len(start) == BLOCK and start[257:262] != b"ustar":
-            raise ValueError(f"source: {path} is no tar archive (bad checksum); expected webdataset shards")
-    members: list[Member] = []
+    found: list[Member] = []
     try:
-        for member in _members(path, descriptor, length):
-            members.append(member)
-    except _DamagedError:
-        return members, True
-    return members, False
+        for member in members(path, _FileArchive(descriptor)):
+            found.append(member)
+    except DamagedError:
+        return found, True
+    return found, False
 
 
-def _members(path: str, descriptor: int, length: int) -> Iterator[Member]:
+def members(path: str, archive: Archive) -> Iterator[Member]:
+    """The regular files in order; of a `ForwardArchive` the data of each can be read before the next is asked for.
+
+    Args:
+        path: for messages.
+    Raises:
+        DamagedError: behind the last file before the damage.
+        ValueError: the archive is compressed or none, or holds sparse files.
+    """
     offset = 0
     shared: dict[str, bytes] = {}  # pax records for all members that follow
     own: dict[str, bytes] = {}  # for the next one
     ended = False
-    while offset < length:
-        header = os.pread(descriptor, BLOCK, offset)
+    while header := archive.read(offset, BLOCK):
+        if offset == 0:
+            _check_start(path, header)
         if len(header) < BLOCK:
-            raise _DamagedError
+            raise DamagedError
         if not any(header):
-            offset, ended = _skip_zeros(descriptor, offset, length), True
+            offset, ended = archive.after_zeros(offset), True
             continue
         if not _sound(header):
-            raise _DamagedError
+            raise DamagedError
         ended = False
         kind = header[156:157]
         size, start = _number(header[124:136]), offset + BLOCK
         if kind in b"LKxXg":
-            if size > MAX_NAME or start + size > length:
-                raise _DamagedError
-            data = os.pread(descriptor, size, start)
+            data = archive.read(start, size) if size <= MAX_NAME else b""
+            if len(data) < size:
+                raise DamagedError
             if kind == b"L":
                 own["path"] = data.split(b"\0", 1)[0]
             elif kind == b"g":
@@ -107,20 +163,31 @@ def _members(path: str, descriptor: int, length: int) -> Iterator[Member]:
             )
         if kind in b"123456":  # links, devices, folders and pipes have no data
             size = 0
-        if start + size > length:
-            raise _DamagedError
+        if start + size > archive.length:
+            raise DamagedError
         if kind in b"07" or (kind == b"\0" and not name.endswith(b"/")):
             yield Member(name.decode("utf-8", "surrogateescape"), start, size)
         offset = start + _padded(size)
     if not ended:
-        raise _DamagedError  # an archive ends with blocks of zeros
+        raise DamagedError  # an archive ends with blocks of zeros
+
+
+def _check_start(path: str, start: bytes) -> None:
+    """ValueError for what begins as other files do."""
+    if len(start) == BLOCK and (not any(start) or _sound(start)):
+        return
+    for magic, kind in COMPRESSED.items():
+        if start.startswith(magic):
+            raise ValueError(f"source: {path} is {kind}; expected a plain .tar, which can be read by offset")
+    if len(start) == BLOCK and start[257:262] != b"ustar":
+        raise ValueError(f"source: {path} is no tar archive (bad checksum); expected webdataset shards")
 
 
 def _sound(header: bytes) -> bool:
     """Whether the checksum is right, taken over bytes or, as some did, over signed ones."""
     try:
         expected = _number(header[148:156])
-    except _DamagedError:
+    except DamagedError:
         return False
     counted = header[:148] + b" " * 8 + header[156:]
     total = sum(counted)
@@ -134,16 +201,16 @@ def _number(field: bytes) -> int:
     else:
         digits = field.split(b"\0", 1)[0].strip()
         if digits.strip(b"01234567"):
-            raise _DamagedError
+            raise DamagedError
         value = int(digits or b"0", 8)
     if value < 0:
-        raise _DamagedError
+        raise DamagedError
     return value
 
 
 def _decimal(digits: bytes) -> int:
     if not digits.isdigit() or len(digits) > 20:
-        raise _DamagedError
+        raise DamagedError
     return int(digits)
 
 
@@ -165,21 +232,8 @@ def _pax(data: bytes) -> dict[str, bytes]:
         length = _decimal(digits)
         record = data[len(digits) + 1 : length]
         if not record.endswith(b"\n") or b"=" not in record or len(data) < length:
-            raise _DamagedError
+            raise DamagedError
         key, value = record[:-1].split(b"=", 1)
         records[key.decode("utf-8", "replace")] = value
         data = data[length:]
     return records
-
-
-def _skip_zeros(descriptor: int, offset: int, length: int) -> int:
-    """The offset of the next block that is not zero, or the end."""
-    while offset < length:
-        chunk = os.pread(descriptor, CHUNK, offset)
-        if not chunk:
-            break
-        if any(chunk):
-            first = len(chunk) - len(chunk.lstrip(b"\0"))
-            return offset + first // BLOCK * BLOCK
-        offset += len(chunk)
-    return length

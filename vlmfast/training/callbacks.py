@@ -50,7 +50,8 @@ class SetEpoch(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+        if self.trainer.sampler is not None:  # a stream has no epochs
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 class ModelHooks(TrainerCallback):

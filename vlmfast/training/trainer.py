@@ -23,12 +23,13 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArg
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from vlmfast.data import EpochSampler
+from vlmfast.data import EpochSampler, StreamingDataset, StreamLoader
 from vlmfast.distributed import rank_and_world_size
 from vlmfast.training import checkpoints, grad_cache
 from vlmfast.training.callbacks import ModelHooks, Progress, SetEpoch
 from vlmfast.training.divergence import StopOnDivergence, advice
 from vlmfast.training.signals import StopOnSignal
+from vlmfast.training.streams import save_place, stream_loader
 from vlmfast.training.workers import end_workers, fate_of_workers, guard_workers
 
 
@@ -41,6 +42,10 @@ class PretrainingArguments(TrainingArguments):
         metadata={
             "help": "Samples per pass through the model (GradCache): large batches in the memory of this many samples."
         },
+    )
+    train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Samples to train on in all, in place of epochs; a stream has none. The last step is whole."},
     )
     resume: bool = field(
         default=False,
@@ -78,6 +83,14 @@ class PretrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.cache_chunk is not None and self.cache_chunk < 1:
             raise ValueError(f"cache_chunk must be at least 1; got {self.cache_chunk}")
+        if self.train_samples is not None:
+            batch = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+            steps = -(-self.train_samples // batch)
+            if self.max_steps not in (-1, steps):
+                raise ValueError(
+                    f"train_samples: {self.train_samples} make {steps} steps; max_steps is {self.max_steps}"
+                )
+            self.max_steps = steps
 
 
 AT_LEAST = {
@@ -85,6 +98,7 @@ AT_LEAST = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 0,
+    "train_samples": 1,
     "learning_rate": 0,
     "weight_decay": 0,
     "warmup_steps": 0,
@@ -144,6 +158,9 @@ class PretrainingTrainer(Trainer):
         super().__init__(model, args, *others, **kwargs)
         self.evaluator = evaluator
         self.sampler: Any = None
+        self._stream: StreamLoader | None = None
+        if isinstance(self.train_dataset, StreamingDataset):
+            self.args.ignore_data_skip = True  # the stream goes on where it was by itself
         self._last_log: tuple[int, float] | None = None
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
@@ -231,6 +248,8 @@ class PretrainingTrainer(Trainer):
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             checkpoints.unseal(folder)
+        if self._stream is not None:  # before trainer_state.json, with which a folder is a checkpoint
+            save_place(folder, self._stream)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial, *args, **kwargs)
@@ -286,7 +305,11 @@ class PretrainingTrainer(Trainer):
             self.sampler = EpochSampler(len(dataset), seed=seed)
         return self.sampler
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> Any:
+        """transformers' own, or the `StreamLoader` of a `StreamingDataset`."""
+        if isinstance(self.train_dataset, StreamingDataset):
+            self._stream = stream_loader(self.train_dataset, self.data_collator, self.args, self._resumed_from)
+            return self._stream
         loader: DataLoader[Any] = super().get_train_dataloader()
         guard_workers(getattr(loader, "base_dataloader", loader))  # accelerate's has what starts the workers inside
         return loader
@@ -335,6 +358,9 @@ class PretrainingTrainer(Trainer):
                 steps, since = self.state.global_step - self._last_log[0], self._last_log[1]
                 logs["samples_per_second"] = steps * self.get_total_train_batch_size(self.args) / (now - since)
             self._last_log = (self.state.global_step, now)
+            if self._stream is not None and (skipped := self._stream.dataset.skipped()):
+                broken = skipped.pop("broken shard", 0)
+                logs.update(skipped_samples=skipped.total(), broken_shards=broken)
             model = self.accelerator.unwrap_model(self.model)
             if hasattr(model, "metrics"):
                 logs.update(model.metrics())
