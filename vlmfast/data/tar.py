@@ -80,7 +80,7 @@ class ForwardArchive:
 class _FileArchive:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self.length = os.fstat(descriptor).st_size
+        self.length: float = os.fstat(descriptor).st_size
 
     def read(self, offset: int, size: int) -> bytes:
         return os.pread(self._descriptor, size, offset)

@@ -84,13 +84,13 @@ class PretrainingArguments(TrainingArguments):
         if self.cache_chunk is not None and self.cache_chunk < 1:
             raise ValueError(f"cache_chunk must be at least 1; got {self.cache_chunk}")
         if self.train_samples is not None:
-            batch = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
-            steps = -(-self.train_samples // batch)
-            if self.max_steps not in (-1, steps):
+            own: Any = self
+            steps = -(-self.train_samples // (own.train_batch_size * own.world_size * own.gradient_accumulation_steps))
+            if own.max_steps not in (-1, steps):
                 raise ValueError(
-                    f"train_samples: {self.train_samples} make {steps} steps; max_steps is {self.max_steps}"
+                    f"train_samples: {self.train_samples} make {steps} steps; max_steps is {own.max_steps}"
                 )
-            self.max_steps = steps
+            own.max_steps = steps
 
 
 AT_LEAST = {
