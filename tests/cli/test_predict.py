@@ -132,3 +132,5 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, images: list[str], capsys: p
     broken.write_bytes(b"no image")
     assert main(["predict", folder, str(broken), "--text=a"]) == 1
     assert "broken.png: corrupt image" in capsys.readouterr().err
+    assert main(["predict", folder, "no/such.png", "--text=a"]) == 1
+    assert "no/such.png: there is no such file" in capsys.readouterr().err

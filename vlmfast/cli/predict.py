@@ -292,6 +292,9 @@ def _read(images: Sequence[str], transform: Any) -> tuple[list[Any], list[tuple[
 
     from vlmfast.data import ImageTextDataset
 
+    for name in images:
+        if not Path(name).is_file():
+            raise ValueError(f"{name}: there is no such file")
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "images.csv"
         with table.open("w", newline="", encoding="utf-8") as file:
