@@ -278,8 +278,8 @@ class ViLBERTModel(ReadsRegions, bert.BertPreTrainedModel):
             raise ValueError("region_targets: expected None, got a tensor; v_target_size of this model is None")
         if targets.shape[2] != self.config.v_target_size:
             raise ValueError(
-                f"region_targets: expected {self.config.v_target_size} classes (v_target_size), got {targets.shape[2]}; "
-                "--region-classes is the number of the detector's classes with the background"
+                f"region_targets: expected {self.config.v_target_size} classes (v_target_size), got "
+                f"{targets.shape[2]}; --region-classes is the number of the detector's classes with the background"
             )
         found = head(states[masked]).float().log_softmax(dim=1)
         return F.kl_div(found, targets[masked].float(), reduction="sum") / mean_count(masked)
