@@ -1,11 +1,11 @@
-# make install | lint | test | demo | docs. Everything is made in .venv inside this checkout.
+# make install | lint | test | demo | docs: everything is made in .venv inside this checkout. make gpu-check: all that one GPU can tell.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One more than there are cores: some tests wait for programs that they start.
 WORKERS := $(shell expr 1 + $$(nproc 2>/dev/null || echo 2))
 
-.PHONY: install lint test demo docs clean
+.PHONY: install lint test demo docs gpu-check clean
 
 install: $(VENV)/installed
 
@@ -32,6 +32,10 @@ demo: install
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Installs nothing: a machine with a GPU may have no network. The Python of .venv where there is one, else PYTHON.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info vlmfast/_C*.so

@@ -4,7 +4,8 @@
 
 Base size, batch 16, float32: forward, backward and AdamW, a step of each after the other. Texts have 32 tokens
 (LXMERT 20), 15 % of them predicted, and images 36 regions of 2048. Processor seconds do not count what else runs on the
-machine. Memory is what a step holds at its highest beyond the weights, in a process of its own.
+machine; with --device cuda they are seconds by the clock. Memory is what a step holds at its highest beyond the
+weights, in a process of its own.
 """
 
 from __future__ import annotations
@@ -111,12 +112,20 @@ def made(name: str, provider: str, tiny: bool) -> nn.Module:
     return model.train()
 
 
-def step_of(name: str, provider: str, tiny: bool) -> Callable[[], float]:
+def moved(found: Any, device: str) -> Any:
+    """Tensors in dicts and tuples, to the device."""
+    if isinstance(found, dict):
+        return {key: moved(value, device) for key, value in found.items()}
+    return tuple(moved(value, device) for value in found) if isinstance(found, tuple) else found.to(device)
+
+
+def step_of(name: str, provider: str, tiny: bool, device: str = "cpu") -> Callable[[], float]:
     """One step, which returns the loss."""
-    model = made(name, provider, tiny)
+    model = made(name, provider, tiny).to(device)
     given = batch(name, TINY["vocab_size"] if tiny else VOCAB)
     if provider == "transformers":
         given = theirs(name, given)
+    given = moved(given, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> float:
@@ -124,7 +133,7 @@ def step_of(name: str, provider: str, tiny: bool) -> Callable[[], float]:
         loss = model(**given).loss
         loss.backward()
         optimizer.step()
-        return float(loss.detach())
+        return float(loss.detach())  # on a GPU, once all is done
 
     return step
 
@@ -133,42 +142,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(LENGTHS), choices=LENGTHS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights, to try the script")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")
     parser.add_argument("--memory", nargs=2, metavar=("MODEL", "PROVIDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
-        print(peak_of(step_of(*args.memory, args.tiny), "cpu"))
+        print(peak_of(step_of(*args.memory, args.tiny, args.device), args.device))
         return
+    clock = time.perf_counter if args.device == "cuda" else time.process_time
     figures = {}
     for name in args.models:
-        steps = {provider: step_of(name, provider, args.tiny) for provider in PROVIDERS}
+        steps = {provider: step_of(name, provider, args.tiny, args.device) for provider in PROVIDERS}
         losses = {provider: step() for provider, step in steps.items()}
         if abs(losses["vlmfast"] - losses["transformers"]) > 1e-3 * losses["transformers"]:
             raise SystemExit(f"{name}: the losses differ: {losses}")
         seconds: dict[str, list[float]] = {provider: [] for provider in PROVIDERS}
         for _ in range(args.rounds):
             for provider, step in steps.items():
-                before = time.process_time()
+                before = clock()
                 step()
-                seconds[provider].append(time.process_time() - before)
+                seconds[provider].append(clock() - before)
         found = {provider: statistics.median(values) for provider, values in seconds.items()}
         ratios = [b / a for a, b in zip(seconds["vlmfast"], seconds["transformers"], strict=True)]
         memory = {}
         for provider in () if args.no_memory else PROVIDERS:
-            command = [sys.executable, __file__, "--memory", name, provider, *(["--tiny"] if args.tiny else [])]
+            command = [sys.executable, __file__, "--memory", name, provider, "--device", args.device]
+            command += ["--tiny"] if args.tiny else []
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             memory[provider] = float(done.stdout.split()[-1])
         figures[name] = {"loss": losses, "seconds": seconds, "median": found, "ratios": ratios, "megabytes": memory}
         print(
-            f"{name}: {found['vlmfast']:.2f} s against {found['transformers']:.2f} s of the processor, "
+            f"{name}: {found['vlmfast']:.2f} s against {found['transformers']:.2f} s, "
             f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
             + (f"; {memory['vlmfast']:.0f} MB against {memory['transformers']:.0f} MB" if memory else ""),
             flush=True,
         )
     if args.output:
-        args.output.write_text(json.dumps({"threads": torch.get_num_threads(), "models": figures}, indent=2) + "\n")
+        args.output.write_text(
+            json.dumps({"threads": torch.get_num_threads(), "device": args.device, "models": figures}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +29,27 @@ def open_clip(device: str) -> Function:
 def transformers(device: str) -> Function:
     loss = require("transformers.models.clip.modeling_clip").image_text_contrastive_loss
     return lambda image, text, scale: loss(text @ image.T * scale.to(image.dtype))
+
+
+def captured(device: str) -> Function:
+    """Ours, forward and backward captured in a CUDA graph for each size; a step copies the features into it."""
+    on_gpu(device)
+    graphs: dict[tuple[Any, ...], Function] = {}
+
+    def loss(*inputs: Tensor) -> Tensor:
+        key = tuple((t.shape, t.dtype, t.requires_grad) for t in inputs)
+        if key not in graphs:
+            sample = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in inputs)
+            graphs[key] = torch.cuda.make_graphed_callables(ours(True), sample)
+        return graphs[key](*inputs)
+
+    return loss
+
+
+def compiled_graph(device: str) -> Function:
+    """transformers' loss, compiled and captured by torch."""
+    on_gpu(device)
+    return torch.compile(transformers(device), dynamic=False, mode="reduce-overhead")
 
 
 def chunked(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -87,10 +110,14 @@ OP = Op(
                 " streamed": Provider(lambda device: ours(True), 8),
             },
         ),
+        "vlmfast in a CUDA graph": Provider(captured, 8),
         "open_clip": Provider(open_clip, 12, memory=matrices(5), dtypes=("float32", "bfloat16")),
         "transformers": Provider(transformers, 6, memory=matrices(5), dtypes=("float32", "bfloat16")),
         "transformers compiled": Provider(
             lambda device: compiled(transformers(device)), 6, memory=matrices(3), dtypes=("float32", "bfloat16")
+        ),
+        "transformers compiled, CUDA graph": Provider(
+            compiled_graph, 6, memory=matrices(3), dtypes=("float32", "bfloat16")
         ),
         "torch in chunks": Provider(lambda device: chunked, 16, dtypes=("float32", "bfloat16")),
         "memeff": Provider(memeff, 10),
