@@ -229,6 +229,7 @@ def main() -> int:
         )
         print("--device cpu rehearses with tiny sizes what a CPU can run.", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the part that is running
     output = args.output.resolve()
     with tempfile.TemporaryDirectory() as site:
         every = parts(output, Path(site), args.device)

@@ -16,7 +16,7 @@ from vlmfast.models.contrastive.align import ALIGNConfig, ALIGNModel
 from vlmfast.models.contrastive.clip import CLIPConfig, CLIPModel
 from vlmfast.nn import _stem
 from vlmfast.ops import patch_embed
-from vlmfast.training import PretrainingArguments, PretrainingTrainer, last_checkpoint, trainer
+from vlmfast.training import PretrainingArguments, PretrainingTrainer, last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -174,21 +174,6 @@ def test_pixels_reach_the_op_as_they_were_decoded(data: Path, tmp_path: Path, mo
 def test_bad_chunk() -> None:
     with pytest.raises(ValueError, match="cache_chunk must be at least 1; got 0"):
         PretrainingArguments(output_dir="unused", cache_chunk=0, use_cpu=True)
-
-
-def test_fsdp_is_refused_where_a_parameter_is_a_scalar() -> None:
-    class Arguments:
-        fsdp, cache_chunk = True, None
-
-    class Scaled(Line):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(1.0))
-
-    message = "fsdp must be unset; got True: FSDP takes no scalar parameters, and scale of Scaled is one"
-    with pytest.raises(ValueError, match=message):
-        PretrainingTrainer(Scaled(), Arguments())
-    trainer._check(Line(), Arguments())  # which has none
 
 
 def test_cache_chunk_is_refused_for_a_loss_of_single_samples(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from vlmfast.training.fsdp import whole_tensor
+
 MANIFEST = "files.json"
 STATE = "trainer_state.json"
 OWN = (".lock", "run.json", MANIFEST)
@@ -156,12 +158,16 @@ def lock(output_dir: Path) -> IO[str]:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """Names of parameters that hold NaN or infinity; one pass, one synchronisation."""
+    """Names of parameters that hold NaN or infinity; one pass, one synchronisation.
+
+    Of a model that FSDP has sharded, to be called on every process.
+    """
     parameters = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and p.device.type != "meta"]
     if not parameters:
         return []
     home = parameters[0][1].device
-    finite = torch.stack([p.detach().isfinite().all().to(home) for _, p in parameters]).tolist()
+    flags = [whole_tensor(p.detach().isfinite().all()).to(home) for _, p in parameters]
+    finite = torch.stack(flags).tolist()
     return [name for (name, _), good in zip(parameters, finite, strict=True) if not good]
 
 

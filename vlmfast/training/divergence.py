@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from vlmfast.training.checkpoints import last_checkpoint
+from vlmfast.training.fsdp import total_norm, whole_tensor
 
 SKIPPED_IN_A_ROW = 20
 """Steps that a float16 scaler may skip before the run counts as diverged: halved so often, its first factor of 65,536
@@ -36,7 +37,7 @@ class StopOnDivergence(TrainerCallback):
         self._loss = value.detach() if self._loss is None else self._loss + value.detach()
 
     def norm(self, value: Any) -> None:
-        self._norm = torch.as_tensor(value).detach()
+        self._norm = whole_tensor(torch.as_tensor(value).detach())
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -44,7 +45,7 @@ class StopOnDivergence(TrainerCallback):
         loss, norm = self._loss, self._norm
         self._loss = self._norm = None
         if norm is None:  # not clipped
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            norm = total_norm(p.grad for p in model.parameters() if p.grad is not None)
         if loss is None or bool(loss.isfinite() & norm.isfinite().to(loss.device)):
             self.in_a_row = 0
             return

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from inspect import signature
@@ -25,7 +26,7 @@ from transformers.trainer_utils import TrainOutput
 
 from vlmfast.data import EpochSampler, StreamingDataset, StreamLoader
 from vlmfast.distributed import rank_and_world_size
-from vlmfast.training import checkpoints, grad_cache
+from vlmfast.training import checkpoints, fsdp, grad_cache
 from vlmfast.training.callbacks import ModelHooks, Progress, SetEpoch
 from vlmfast.training.divergence import StopOnDivergence, advice
 from vlmfast.training.signals import StopOnSignal
@@ -137,7 +138,7 @@ class PretrainingTrainer(Trainer):
         evaluator: the model to named scores, for eval_strategy; logged as eval_<name>.
         Others as transformers.Trainer.
     Raises:
-        ValueError: cache_chunk is set and the model has no such `loss`, or fsdp and it has a scalar parameter.
+        ValueError: cache_chunk is set and the model has no such `loss`, or fsdp and `fsdp.check` refuses the model.
     """
 
     args: PretrainingArguments
@@ -156,6 +157,9 @@ class PretrainingTrainer(Trainer):
             kwargs.setdefault("eval_dataset", [])
         _check(model, args)
         super().__init__(model, args, *others, **kwargs)
+        self._whole: list[nn.Parameter] = []
+        if self.is_fsdp_enabled:
+            self._whole = fsdp.leave_out(self.model, self.accelerator.state.fsdp_plugin, self.args.device)
         self.evaluator = evaluator
         self.sampler: Any = None
         self._stream: StreamLoader | None = None
@@ -208,6 +212,12 @@ class PretrainingTrainer(Trainer):
             finally:
                 end_workers()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            fsdp.set_up(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         model = self.accelerator.unwrap_model(self.model)
         if self.optimizer is None and hasattr(model, "parameter_groups"):
@@ -216,6 +226,7 @@ class PretrainingTrainer(Trainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **options)
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        fsdp.split_groups(optimizer, self._whole)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -319,6 +330,7 @@ class PretrainingTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             loss = self._cached_step(model, inputs, self.args.cache_chunk)
+        fsdp.average(self._whole)
         self.divergence.loss(loss)
         return loss
 
@@ -345,7 +357,9 @@ class PretrainingTrainer(Trainer):
         if self.evaluator is None:
             scores: dict[str, float] = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             return scores
-        scores = self.evaluator(self.accelerator.unwrap_model(self.model))
+        model = self.accelerator.unwrap_model(self.model)
+        with fsdp.gathered_by_tasks(model) if self.is_fsdp_enabled else nullcontext():
+            scores = self.evaluator(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -374,13 +388,8 @@ def _check(model: Any, args: Any) -> None:
             f"cache_chunk {args.cache_chunk}: {name} has no loss(**features), as its loss does not need the whole batch"
             " at once; gradient_accumulation_steps gives a large batch in the memory of a small one"
         )
-    scalars = [n for n, p in model.named_parameters() if p.dim() == 0] if isinstance(model, nn.Module) else []
-    if getattr(args, "fsdp", None) and scalars:
-        raise ValueError(
-            f"fsdp must be unset; got {args.fsdp!r}: FSDP takes no scalar parameters, and {scalars[0]} of {name} is"
-            " one. Large batches fit with cache_chunk; a loop of your own can leave it out, as the page on large"
-            " batches shows"
-        )
+    if getattr(args, "fsdp", None) and isinstance(model, nn.Module):
+        fsdp.check(model, args)
 
 
 def _check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
