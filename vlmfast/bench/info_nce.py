@@ -34,14 +34,15 @@ def transformers(device: str) -> Function:
 def captured(device: str) -> Function:
     """Ours, forward and backward captured in a CUDA graph for each size; a step copies the features into it."""
     on_gpu(device)
-    graphs: dict[tuple[Any, ...], Function] = {}
+    graphs: dict[tuple[Any, ...], Any] = {}
 
     def loss(*inputs: Tensor) -> Tensor:
         key = tuple((t.shape, t.dtype, t.requires_grad) for t in inputs)
         if key not in graphs:
             sample = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in inputs)
             graphs[key] = torch.cuda.make_graphed_callables(ours(True), sample)
-        return graphs[key](*inputs)
+        found: Tensor = graphs[key](*inputs)
+        return found
 
     return loss
 

@@ -40,7 +40,7 @@ def check(model: nn.Module, args: Any) -> None:
     from transformers import Trainer
 
     name = type(model).__name__
-    if getattr(args, "cache_chunk", None) is not None and getattr(model, "shared_features", ()):
+    if getattr(args, "cache_chunk", None) is not None and getattr(model, "shared_features", None):
         raise ValueError(
             f"cache_chunk must be unset beside fsdp; got {args.cache_chunk}: the loss of {name} reads parameters, which"
             " FSDP has sharded where GradCache reads them"
