@@ -49,9 +49,9 @@ def shard_sizes(loss: str, *features: Tensor, gradients: Sequence[bool] = ()) ->
     """
     mine = torch.tensor([*map(_describe, features), (0, 0, sum(g << i for i, g in enumerate(gradients)))])
     mine = mine.to(features[0].device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    *shards, wanted = torch.stack(everyone, 1).tolist()
+    everyone = mine.new_empty(dist.get_world_size(), *mine.shape)
+    dist.all_gather_into_tensor(everyone.flatten(0, 1), mine)
+    *shards, wanted = everyone.transpose(0, 1).tolist()
     rows = [[shape[0] for shape in shard] for shard in shards]
     kinds = {(dim, dtype) for shard in shards for _, dim, dtype in shard}
     if min(map(min, rows)) < 1 or len(kinds) > 1 or any(r != rows[0] for r in rows) or -1 in kinds.pop():
@@ -103,32 +103,35 @@ def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([shard[:size] for shard, size in zip(gathered, sizes, strict=True)])
 
 
-def reduce_scatter(rows: Tensor, sizes: list[int], scalar: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def reduce_scatter(rows: Tensor, sizes: list[int], numbers: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sum over ranks of all their rows (sum(sizes), D), of which each rank gets its own, without gradient.
 
     Args:
         rows (sum(sizes), D): this rank's; what is narrower than float32 is sent and added in float32.
         sizes: rows per rank, from `shard_sizes`.
-        scalar (): is added over ranks as well, and in the same message, and given to all of them.
+        numbers (k,): are added over ranks as well, in the same message, and given to all of them.
     Returns:
-        rows (n, D), scalar () or None: in float32 or rows' wider dtype.
+        rows (n, D), numbers (k,) or (0,): in float32 or rows' wider dtype.
     Raises:
         RuntimeError: another rank has died or did not answer within the process group's timeout.
     """
     rank, world_size = rank_and_world_size()
-    most, dim = max(sizes), rows.shape[1]
+    most, dim, count = max(sizes), rows.shape[1], 0 if numbers is None else len(numbers)
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    if scalar is None and min(sizes) == most:
+    if not count and min(sizes) == most:
         parts = rows.to(dtype).contiguous().view(world_size, most, dim)
     else:
-        parts = rows.new_zeros(world_size, most + (scalar is not None), dim, dtype=dtype)
+        parts = rows.new_empty(world_size, most + -(-count // dim), dim, dtype=dtype)
         if min(sizes) == most:
             parts[:, :most] = rows.view(world_size, most, dim)
         else:
             for part, shard in zip(parts, rows.split(sizes), strict=True):
                 part[: len(shard)] = shard
-        if scalar is not None:
-            parts[:, most, 0] = scalar
+                part[len(shard) : most] = 0
+        if numbers is not None:
+            rest = parts[:, most:].flatten(1)
+            rest[:, :count] = numbers
+            rest[:, count:] = 0
     with _a_collective("reduce-scatter"):
         if dist.get_backend() == "nccl":
             mine = torch.empty_like(parts[0])
@@ -137,15 +140,15 @@ def reduce_scatter(rows: Tensor, sizes: list[int], scalar: Tensor | None = None)
             received = torch.empty_like(parts)
             dist.all_to_all_single(received, parts)
             mine = received.sum(0)
-    return mine[: sizes[rank]], None if scalar is None else mine[most, 0]
+    return mine[: sizes[rank]], mine[most:].flatten()[:count]
 
 
 def gather_scalars(value: Tensor) -> Tensor:
     """(world size,): every rank's one-element value, without gradient."""
-    values = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    values = value.new_empty(dist.get_world_size(), *value.shape)
     with _a_collective("gather"):
-        dist.all_gather(values, value.contiguous())
-    return torch.stack(values)
+        dist.all_gather_into_tensor(values.flatten(), value.reshape(1))
+    return values
 
 
 def total(value: Tensor) -> Tensor:

@@ -154,18 +154,18 @@ class _Plan:
         """One over the mean number of rows per rank."""
         return len(self.sizes) / sum(self.sizes)
 
-    def weights(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gathered(self, grad: Tensor) -> Tensor:
+        """(ranks,): the gradients that arrive at the ranks' losses; (1,) where they are known to be equal."""
+        return grad.float()[None] if self.uniform else distributed.gather_scalars(grad.float())
+
+    def weights(self, grads: Tensor) -> tuple[Tensor, Tensor | None]:
         """What gradients are multiplied by; and by what else those of each rank's terms (ranks,), where they differ.
 
         Every rank's loss has the terms of its own rows and columns, so each owner's gradient weighs its own. Backends
         expect factors of order 1 and the magnitude, a GradScaler's say, in unit.
         """
-        grad = grad.float()
-        if self.uniform:
-            return grad * self.unit, None
-        if not self.local_loss:
-            return distributed.mean(grad) * self.unit, None
-        grads = distributed.gather_scalars(grad)
+        if self.uniform or not self.local_loss:
+            return grads.mean() * self.unit, None
         largest = grads.abs().max()
         return largest * self.unit, torch.where(largest == 0, 0, grads / largest)
 
@@ -187,7 +187,7 @@ class _Rectangle(torch.autograd.Function):
         rows, cols, shift, kept = tile_forward(image, texts, scale, None, None, offset, True, keep)
         weight = image.new_full((count,), 0.5, dtype=torch.float64)
         row_losses, (row_side,) = normalise([(rows, weight[:n], None)], scale, exclude_positive=False)
-        cols, all_row_losses = _over_ranks(cols, row_losses)
+        cols, all_row_losses = _over_ranks(cols, shift, row_losses)
         if plan.local_loss:
             own = (cols[:, offset : offset + n], weight[:n], None)
             col_losses, (_, col_side) = normalise([own, (cols, weight, None)], scale, exclude_positive=False)
@@ -205,30 +205,33 @@ class _Rectangle(torch.autograd.Function):
         image, texts, scale, row_side, col_side, shift, kept = ctx.saved_tensors
         plan, (rank, world_size) = ctx.plan, distributed.rank_and_world_size()
         wants_image, wants_text, wants_scale = plan.wanted
-        unit, shares = plan.weights(grad)
-        if shares is not None:
-            row_side = _weighed(row_side, shares[rank])
-            col_side = _weighed(col_side, _per_row(shares, plan.sizes))
-        d_image, d_text, d_scale = tile_backward(
-            unit,
-            image,
-            texts,
-            scale.float(),
-            row_side,
-            col_side,
-            shift,
-            kept,
-            None,
-            None,
-            sum(plan.sizes[:rank]),
-            wants_image,
-            wants_text,
-        )
-        if wants_text:
-            d_text, total = distributed.reduce_scatter(d_text, plan.sizes, d_scale if wants_scale else None)
-            d_scale = d_scale if total is None else total / world_size
-        elif wants_scale:
-            d_scale = distributed.mean(d_scale)
+
+        def gradients(unit: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            rows, cols = row_side, col_side
+            if shares is not None:
+                rows, cols = _weighed(rows, shares[rank]), _weighed(cols, _per_row(shares, plan.sizes))
+            offset = sum(plan.sizes[:rank])
+            return tile_backward(
+                unit, image, texts, scale.float(), rows, cols, shift, kept, None, None, offset, wants_image, wants_text
+            )
+
+        if wants_text and not plan.uniform and image.device.type == "cpu":
+            # What the losses are multiplied by goes with the gradients, as it is hardly ever not the same on all ranks.
+            d_image, d_text, d_scale = gradients(grad.float() * plan.unit, None)
+            numbers = d_scale.new_zeros(world_size + 1)
+            numbers[0], numbers[1 + rank] = d_scale, grad
+            d_text, numbers = distributed.reduce_scatter(d_text, plan.sizes, numbers)
+            if (numbers[1:] != numbers[1]).any():
+                d_image, d_text, d_scale = gradients(*plan.weights(numbers[1:]))
+                d_text, numbers = distributed.reduce_scatter(d_text, plan.sizes, d_scale[None])
+            d_scale = numbers[0] / world_size
+        else:
+            d_image, d_text, d_scale = gradients(*plan.weights(plan.gathered(grad)))
+            if wants_text:
+                d_text, (d_scale,) = distributed.reduce_scatter(d_text, plan.sizes, d_scale[None])
+                d_scale = d_scale / world_size
+            elif wants_scale:
+                d_scale = distributed.mean(d_scale)
         return (
             d_image if wants_image else None,
             d_text.to(texts.dtype) if wants_text else None,
@@ -237,35 +240,41 @@ class _Rectangle(torch.autograd.Function):
         )
 
 
-def _over_ranks(stats: Tensor, row_losses: Tensor) -> tuple[Tensor, Tensor]:
+def _over_ranks(stats: Tensor, shift: Tensor, row_losses: Tensor) -> tuple[Tensor, Tensor]:
     """Shift, sum and positives' dot products (3, N) over all ranks' rows, and the sum of all ranks' row_losses (1,).
 
     In float64 powers of two can be added as they are while the logits are within 550 of zero. A CPU sees whether they
     are. An accelerator is not asked, as that would be to wait for it: each column's largest shift is found first.
     """
-    shift, total, dot = stats.double()
-    top = torch.zeros_like(shift)
-    columns = stats.shape[1]
-    if stats.device.type == "cpu":
-        far = ~(shift.abs() <= 800).all()
-        sums = distributed.total(torch.cat([total * torch.exp2(shift), dot, row_losses, far[None]]))
-    if stats.device.type != "cpu" or sums[-1] > 0:
-        top = distributed.largest(torch.where(total == 0, -math.inf, shift))
+    shifts, totals, dots = stats.double()
+    columns, device = stats.shape[1], stats.device.type
+    sums = None
+    if device == "cpu":
+        # The block's one shift is that of every column, where it is finite.
+        far = not (abs(shift.item()) <= 800 or (shifts.abs() <= 800).all())
+        sums = distributed.total(
+            torch.cat([totals * torch.exp2(shifts), dots, row_losses, row_losses.new_tensor([far])])
+        )
+    if sums is not None and sums[-1] == 0:
+        mantissa, top = torch.frexp(sums[:columns])
+    else:
+        top = distributed.largest(torch.where(totals == 0, -math.inf, shifts))
         top = torch.where(top == -math.inf, 0, top)
-        total = torch.where(total == 0, 0, total * torch.exp2(shift - top))
-        sums = distributed.total(torch.cat([total, dot, row_losses]))
-    mantissa, exponent = torch.frexp(sums[:columns])
-    found = torch.stack([top + exponent, mantissa, sums[columns : 2 * columns]]).float()
-    return found, sums[2 * columns]
+        totals = torch.where(totals == 0, 0, totals * torch.exp2(shifts - top))
+        sums = distributed.total(torch.cat([totals, dots, row_losses]))
+        mantissa, exponent = torch.frexp(sums[:columns])
+        top = top + exponent
+    return torch.stack([top, mantissa, sums[columns : 2 * columns]]).float(), sums[2 * columns]
 
 
 def _with_one_shift(side: Tensor, shift: Tensor) -> Tensor:
-    """`normalise`'s shift, factor and target (3, N) of all ranks' columns, for a block whose one shift is finite."""
-    one = shift.isfinite()
-    factor = side[1].double() * torch.exp2(torch.where(one, shift - side[0], 0).double())
-    # It is only beyond float32 where the column has nothing but its positive here.
-    factor = factor.clamp(max=torch.finfo(torch.float32).max).float()
-    return torch.stack([torch.where(one, shift, side[0]), factor, side[2]])
+    """`normalise`'s shift, factor and target (3, N) of all ranks' columns, for a block whose one shift is finite.
+
+    The one is above a column's by 126 at most, but where the column has nothing but its positive here, and then its
+    factor is not read. Factors are at most 1.
+    """
+    rise = torch.where(shift.isfinite(), shift - side[0], 0).clamp(max=127)
+    return torch.stack([side[0] + rise, side[1] * torch.exp2(rise), side[2]])
 
 
 class _Strip(torch.autograd.Function):
@@ -308,7 +317,7 @@ class _Strip(torch.autograd.Function):
         plan, (rank, _) = ctx.plan, distributed.rank_and_world_size()
         sizes, block = plan.sizes, plan.block
         wants_image, wants_text, wants_scale = plan.wanted
-        unit, shares = plan.weights(grad)
+        unit, shares = plan.weights(plan.gathered(grad))
         if shares is not None:
             row_side, col_side = _weighed(row_side, shares[rank]), _weighed(col_side, shares[rank])
         d_image, d_scale = torch.zeros_like(image, dtype=torch.float32), torch.zeros_like(scale, dtype=torch.float32)
