@@ -78,7 +78,7 @@ def measure(rank: int, world_size: int, store: str, args: argparse.Namespace, re
             scale = torch.tensor(50.0, requires_grad=True)
 
             def step(name: str, loss: Callable[..., Tensor]) -> Tensor:
-                # A frozen value, which each loss reads when it is called.
+                # Which way the texts go is chosen at every call.
                 exchange.COSTS["cpu"] = replace(default, budget=0) if name == RING else default
                 value = loss(image, text, scale)  # noqa: B023
                 value.backward()

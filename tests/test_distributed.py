@@ -39,6 +39,8 @@ def _gather(rank: int, world_size: int, sizes: list[int]) -> None:
     assert distributed.gather_scalars(value).tolist() == [r + 1 for r in range(world_size)]
     assert distributed.mean(value) == (world_size + 1) / 2
     assert distributed.total(value) == world_size * (world_size + 1) / 2
+    many = torch.arange(1 << 18) + rank  # more than a sum that is gathered
+    assert torch.equal(distributed.total(many), world_size * (many - rank) + world_size * (world_size - 1) // 2)
     assert distributed.largest(value) == world_size
     assert torch.equal(distributed.gather_rows(everything.split(sizes)[rank].int(), sizes), everything.int())
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -221,7 +223,7 @@ def _costs(rank: int, world_size: int) -> None:
 
     # Texts gathered, their gradients with one more row, and two numbers in float64 for each column.
     exchange(world_size)
-    columns = 2 * others * (2 * world_size * n + 2) * 8 // world_size
+    columns = others * (2 * world_size * n + 2) * 8
     for local_loss in (False, True):
         clip = ClipLoss(local_loss, gather_with_grad=True, uniform=True, **ranks)
         for kept in (True, False):

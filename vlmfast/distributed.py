@@ -18,6 +18,9 @@ from torch import distributed as dist
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A shard's sum is under way together with the shards of `ring`, which count their tags from 0.
 _HOMEWARD_TAG = 100
+# On a CPU what all ranks together add up is gathered up to this many bytes: gloo gathers with half the messages, one
+# after the other, of its all-reduce.
+_GATHERED_SUM_BYTES = 1 << 20
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -153,7 +156,13 @@ def gather_scalars(value: Tensor) -> Tensor:
 
 def total(value: Tensor) -> Tensor:
     """The sum over ranks, without gradient."""
-    return _reduced(value, dist.ReduceOp.SUM)
+    world_size = dist.get_world_size()
+    if value.device.type != "cpu" or world_size * value.nbytes > _GATHERED_SUM_BYTES:
+        return _reduced(value, dist.ReduceOp.SUM)
+    everyone = value.new_empty(world_size, *value.shape)
+    with _a_collective("sum"):
+        dist.all_gather_into_tensor(everyone.flatten(), value.flatten())
+    return everyone.sum(0)
 
 
 def largest(value: Tensor) -> Tensor:
