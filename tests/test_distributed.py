@@ -288,13 +288,13 @@ def test_the_model_of_costs() -> None:
     launches = [step_seconds(block, **size, costs=replace(free, launch=1.0)) for block in divisors(8)]
     assert launches == [16, 8, 4, 2]
     assert {step_seconds(block, **size, costs=replace(free, rate=1.0)) for block in divisors(8)} == {8 * 3 * 24 * 5}
-    for world_size, phases in ((2, 4), (8, 12), (9, 16)):
+    for world_size, phases in ((2, 6), (8, 18), (9, 24)):
         latencies = step_seconds(world_size, world_size, 3, 5, 2, replace(free, latency=1.0))
         assert latencies == phases
     latencies = [step_seconds(block, **size, costs=replace(free, latency=1.0)) for block in divisors(8)[:-1]]
-    assert latencies == [4 * 7, 4 * 3 + 4, 4 * 1 + 4]
+    assert latencies == [4 * 7, 4 * 3 + 4 * 1, 4 * 1 + 4 * 3]
     moved = [step_seconds(block, **size, costs=replace(free, bandwidth=1.0)) for block in divisors(8)]
-    assert moved == [7 * 3 * (5 * (2 * 2 + 4) + 36)] * 3 + [7 * 3 * (5 * (2 + 4) + 32)]
+    assert moved == [7 * 3 * (5 * (2 * 2 + 4) + 24)] * 3 + [7 * 3 * (5 * (2 + 4) + 40)]
     for overlaps, seconds in ((True, 28), (False, 16 + 28)):
         both = replace(free, launch=1.0, latency=1.0, overlaps=overlaps)
         assert step_seconds(1, **size, costs=both) == seconds

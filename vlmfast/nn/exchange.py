@@ -27,7 +27,7 @@ class Costs:
     Args:
         bandwidth: bytes per second that a rank receives, while all ranks do.
         latency: seconds from the start of a message until it is there. A collective takes as many as the number of
-            ranks has binary digits.
+            ranks has binary digits, or twice that.
         launch: seconds that a forward or a backward op takes at least, however small.
         rate: floating-point operations per second of the op, on large tiles.
         overlaps: whether transfers go on while products are computed, and do not take their cores.
@@ -45,9 +45,9 @@ class Costs:
 COSTS = {
     # rate and launch measured, on one H100 (docs/large_batches.md); bandwidth and latency assumed, of a network of
     # 400 Gbit/s per GPU.
-    "cuda": Costs(bandwidth=50e9, latency=20e-6, launch=1e-3, rate=500e12, overlaps=True, budget=6 << 30),
+    "cuda": Costs(bandwidth=50e9, latency=20e-6, launch=1e-3, rate=500e12, overlaps=True, budget=8 << 30),
     # Assumed; the order of magnitude that gloo's processes on one machine have, whose transfers take their own cores.
-    "cpu": Costs(bandwidth=1e9, latency=2e-4, launch=1e-4, rate=1e11, overlaps=False, budget=1 << 30),
+    "cpu": Costs(bandwidth=1e9, latency=2e-4, launch=5e-4, rate=1e11, overlaps=False, budget=1 << 30),
 }
 """By type of device; "cuda" stands for every accelerator."""
 
@@ -75,25 +75,25 @@ def step_seconds(block: int, world_size: int, rows: int, dim: int, itemsize: int
     """
     flops = 8 * rows * rows * world_size * dim
     if block == world_size:
-        # Gather, sum of columns in two phases, reduce-scatter: products wait for what is gathered, and are waited for.
-        moved = (world_size - 1) * rows * (dim * (itemsize + 4) + 32)
-        phases = 4 * (world_size - 1).bit_length()
+        # Gather, largest and sum of columns in two phases each, reduce-scatter. Nothing goes on at the same time.
+        moved = (world_size - 1) * rows * (dim * (itemsize + 4) + 40)
+        phases = 6 * (world_size - 1).bit_length()
         return 2 * costs.launch + flops / costs.rate + phases * costs.latency + moved / costs.bandwidth
     turns = world_size // block
     seconds = 0.0
-    for share, sent in ((0.25, dim * itemsize + 12), (0.75, dim * itemsize + 24 + dim * 4)):
+    for share, sent in ((0.25, dim * itemsize + 12), (0.75, dim * (itemsize + 4) + 12)):
         # A block travels, and its sums after it, while products go on; the sharing within a block stands alone.
         products = turns * costs.launch + share * flops / costs.rate
         travel = (turns - 1) * (2 * costs.latency + block * rows * sent / costs.bandwidth)
-        within = 2 * costs.latency + (block - 1) * rows * sent / costs.bandwidth if block > 1 else 0.0
+        within = (block - 1) * (2 * costs.latency + rows * sent / costs.bandwidth)
         seconds += (max(products, travel) if costs.overlaps else products + travel) + within
     return seconds
 
 
 def needed_bytes(block: int, world_size: int, rows: int, dim: int, itemsize: int) -> int:
     """Memory of a rank for other ranks' texts and their gradients in float32, at its highest."""
-    if block == world_size:  # texts; gradients, as the op returns them and as they are sent
-        return world_size * rows * dim * (itemsize + 8)
+    if block == world_size:  # texts; gradients, as the op returns them, as they are sent, and as gloo receives them
+        return world_size * rows * dim * (itemsize + 12)
     return block * rows * dim * (2 * itemsize + 12)  # two blocks of texts; gradients computed, sent and received
 
 
