@@ -11,9 +11,10 @@ from PIL import Image
 from toys import COLOURS, WORDS, Toy, halves, ids, word_tokenizer, write_tar
 
 from vlmfast.data import FeatureCache, ImageTextDataset, eval_transform
+from vlmfast.data.phrases import phrase_mask
 from vlmfast.tasks.boxes import from_model, overlap, stretched, to_model
 from vlmfast.tasks.detection import Detection, DetectionOptions, average_precision, objects_of
-from vlmfast.tasks.grounding import Grounding, phrase_mask, phrases_of
+from vlmfast.tasks.grounding import Grounding, phrases_of
 
 NAMES = list(COLOURS)
 LEFT, RIGHT = [0.0, 0, 8, 16], [8.0, 0, 16, 16]
@@ -41,7 +42,7 @@ class Finder(Toy):
     open_vocabulary = True
     without_eyes = (0.0, 0, 8, 8)
 
-    def detect(self, image: Any, phrases: Any = None) -> list[dict[str, torch.Tensor]]:
+    def detect(self, image: Any, phrases: Any = None, tokenizer: Any = None) -> list[dict[str, torch.Tensor]]:
         found = []
         boxes = torch.tensor([[0.0, 0, 4, 8], [4, 0, 8, 8]])
         for row, half in enumerate(sides(self, image)):
@@ -145,7 +146,9 @@ class PaddedFinder(Finder):
 
         return padded
 
-    def detect(self, image: Any, phrases: Any = None, image_sizes: Any = None) -> list[dict[str, torch.Tensor]]:
+    def detect(
+        self, image: Any, phrases: Any = None, image_sizes: Any = None, tokenizer: Any = None
+    ) -> list[dict[str, torch.Tensor]]:
         assert image_sizes is not None
         return super().detect(image[:, :8, :8], phrases)
 

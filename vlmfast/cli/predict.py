@@ -186,21 +186,23 @@ def _generated(asked: Asked) -> list[Prediction]:
 
 
 def _boxes(asked: Asked) -> list[Prediction]:
-    from vlmfast.tasks.boxes import from_model
+    from vlmfast.tasks.boxes import in_file
 
     model = asked.model
     batch = asked.batch(model.collator(asked.options, asked.tokenizer, train=False), [""])
-    pixels = batch["pixel_values"]
+    pixels, more = batch["pixel_values"], {name: batch[name] for name in ("image_sizes",) if name in batch}
     if getattr(model, "open_vocabulary", False):
         if not asked.texts:
             raise UsageError(f"--text is needed: names for {type(model).__name__} to look for")
-        several, names = model.detect(pixels, [asked.texts] * len(asked.samples)), dict(enumerate(asked.texts))
+        several = model.detect(pixels, [asked.texts] * len(asked.samples), tokenizer=asked.tokenizer, **more)
+        names = dict(enumerate(asked.texts))
     else:
-        several, names = model.detect(pixels), {int(key): name for key, name in model.config.id2label.items()}
+        several = model.detect(pixels, **more)
+        names = {int(key): name for key, name in model.config.id2label.items()}
     found = []
-    for one, size in zip(several, asked.sizes, strict=True):
+    for place, (one, size) in enumerate(zip(several, asked.sizes, strict=True)):
         kept = (one["scores"] >= SURE).cpu()
-        boxes = from_model(one["boxes"].cpu()[kept], (pixels.shape[2], pixels.shape[1]), size)
+        boxes = in_file(one["boxes"].cpu()[kept], batch, place, size)
         labels = [names[label] for label in one["labels"].cpu()[kept].tolist()]
         found.append(Prediction("boxes", labels, one["scores"].cpu()[kept].tolist(), boxes.tolist()))
     return found

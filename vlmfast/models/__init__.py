@@ -22,6 +22,7 @@ MODELS = {
     "visualgpt": "vlmfast.models.fusion.visualgpt:VisualGPTModel",
     "vc_gpt": "vlmfast.models.fusion.vc_gpt:VCGPTModel",
     "fiber": "vlmfast.models.fusion.fiber:FIBERModel",
+    "fiber_fine": "vlmfast.models.fusion.fiber_fine:FIBERFineModel",
     "visual_bert": "vlmfast.models.masked.visual_bert:VisualBERTModel",
     "vilbert": "vlmfast.models.masked.vilbert:ViLBERTModel",
     "lxmert": "vlmfast.models.masked.lxmert:LXMERTModel",

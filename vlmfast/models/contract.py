@@ -33,13 +33,16 @@ its own puts it into `Sample.caption` first, and in training says in `Sample.pro
                                         where the model has one, since it reads its answer in a place of its own
     phrase_scores(**batch)              (B, P, R), the score of each region for each phrase; the batch has
                                         `phrase_mask` too, bool (B, P, L), the tokens of `input_ids` that a phrase spans
+                                        A model that finds regions itself returns beside the scores, -inf of none,
+                                        their boxes (B, R, 4) in pixels of what is given.
                                         To be trained (`--task grounding`) forward takes `phrase_mask` and
                                         `phrase_overlap` float32 (B, P, R), the IoU of each region with the phrase's
                                         nearest box, and its loss is that of the scores
     detect(pixel_values, phrases=None)  of each image "boxes" (N, 4) in pixels of what is given, "scores", "labels":
-                                        places in the image's list `phrases` where `open_vocabulary` is True, else
-                                        those of config.id2label; with `image_sizes` too where the batch has it, int64
-                                        (B, 2), the widths and heights of images that are padded
+                                        places in the image's list `phrases` where `open_vocabulary` is True, which is
+                                        then given `tokenizer` too, else those of config.id2label; with `image_sizes`
+                                        too where the batch has it, int64 (B, 2), the widths and heights of images that
+                                        are padded
 """
 
 from __future__ import annotations

@@ -66,6 +66,23 @@ def to_model(boxes: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> Ten
     return boxes.double() * scale - torch.tensor(cut * 2, dtype=torch.float64)
 
 
+def in_file(boxes: Tensor, batch: dict[str, Any], place: int, size: tuple[int, int]) -> Tensor:
+    """Boxes that a model found in an image of a batch, in pixels of the image file.
+
+    Args:
+        boxes (N, 4): in pixels of `pixel_values`, of which the image is the corner that `image_sizes` tells, or which
+            show it as `from_model` takes it.
+        batch: of the model's collator.
+        place: of the image in it.
+        size: width and height of the file.
+    """
+    if "image_sizes" in batch:  # nothing was cut away
+        width, height = batch["image_sizes"][place].tolist()
+        return stretched(boxes, (width, height), size)
+    pixels = batch["pixel_values"]
+    return from_model(boxes, (pixels.shape[2], pixels.shape[1]), size)
+
+
 def stretched(boxes: Tensor, size: tuple[int, int], other: tuple[int, int]) -> Tensor:
     """Boxes of an image at the same place of another."""
     return boxes.double() * torch.tensor([other[0] / size[0], other[1] / size[1]] * 2, dtype=torch.float64)

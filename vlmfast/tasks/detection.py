@@ -1,7 +1,8 @@
 """Boxes and names of the objects in an image: COCO's mean average precision.
 
 With --train-data the names that training has and those held out are scored apart too. What stands beside the scores:
-`blind`, the boxes that the model finds in other images, at the same place of these; `majority`, the same boxes for
+`blind`, the boxes that the model finds in other images, at the same place of these; `chance`, the model's boxes with
+names that have changed places at random, in each image by themselves; `majority`, the same boxes for
 every image, of each name the mean of its true ones, weighed by how frequent it is.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from vlmfast.data import ImageTextDataset
 from vlmfast.tasks.batches import cycle, evaluating
-from vlmfast.tasks.boxes import from_model, image_sizes, stretched, to_model
+from vlmfast.tasks.boxes import image_sizes, in_file, stretched, to_model
 from vlmfast.tasks.page import ACCENT, INK, RIGHT, Cell, gallery
 from vlmfast.tasks.scores import Compared
 from vlmfast.tasks.task import Options, Run, Task
@@ -66,6 +67,7 @@ class Detection(Task):
             {**said["model"][other], "boxes": _elsewhere(said["model"][other]["boxes"], indices, place, other, sizes)}
             for place, other in enumerate(cycle(len(indices)))
         ]
+        said["chance"] = [_renamed(one, len(names), seed) for seed, one in enumerate(said["model"])]
         said["majority"] = _constant(truth, [sizes[index] for index in indices])
         held_out = None
         if self.options.train_data:
@@ -100,17 +102,15 @@ class Detection(Task):
             for batch, indices, _ in run.batches(run.dataset, collator, "detect"):
                 pixels = batch["pixel_values"]
                 more = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
-                several = run.model.detect(pixels, [names] * len(indices) if asked else None, **more)
+                if asked:
+                    several = run.model.detect(pixels, [names] * len(indices), tokenizer=run.tokenizer, **more)
+                else:
+                    several = run.model.detect(pixels, None, **more)
                 for place, (index, one) in enumerate(zip(indices, several, strict=True)):
                     labels = one["labels"].tolist()
                     places = labels if asked else [by_name.get(own.get(label, ""), -1) for label in labels]
                     kept = torch.tensor([label >= 0 for label in places], dtype=torch.bool)
-                    boxes = one["boxes"].cpu()[kept]
-                    if more:  # nothing was cut away
-                        w, h = more["image_sizes"][place].tolist()
-                        boxes = stretched(boxes, (w, h), sizes[index])
-                    else:
-                        boxes = from_model(boxes, (pixels.shape[2], pixels.shape[1]), sizes[index])
+                    boxes = in_file(one["boxes"].cpu()[kept], batch, place, sizes[index])
                     found[index] = {
                         "boxes": boxes.float(),
                         "scores": one["scores"].float().cpu()[kept],
@@ -164,6 +164,12 @@ def _elsewhere(
     boxes: Tensor, indices: Sequence[int], place: int, other: int, sizes: dict[int, tuple[int, int]]
 ) -> Tensor:
     return stretched(boxes, sizes[indices[other]], sizes[indices[place]]).float()
+
+
+def _renamed(one: dict[str, Tensor], names: int, seed: int) -> dict[str, Tensor]:
+    """The same boxes, with the names in another order."""
+    order = torch.randperm(names, generator=torch.Generator().manual_seed(seed))
+    return {**one, "labels": order[one["labels"]]}
 
 
 def _constant(truth: Sequence[dict[str, Tensor]], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:

@@ -1,7 +1,8 @@
 """Which box each phrase of a caption is about: accuracy at an overlap (IoU) of 0.5 with any of the phrase's boxes.
 
-A model scores regions for phrases (`phrase_scores`), or detects what phrases name (`detect`). Regions are those of the
-features, "boxes" (R, 4) in pixels of the image file, or, without features, the objects of the record. What stands
+A model scores regions for phrases (`phrase_scores`), or detects what phrases name (`detect`). Regions are those that
+the model finds itself; or those of the features, "boxes" (R, 4) in pixels of the image file; or, without features, the
+objects of the record. What stands
 beside the accuracy: `blind`, with images (and features) shuffled among samples; `majority`, always the largest box that
 there is to choose; `chance`, any of them; `upper bound`, the best of them, which no choice can exceed.
 """
@@ -18,8 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vlmfast.data.phrases import phrase_mask
 from vlmfast.tasks.batches import Blind, Collate, evaluating
-from vlmfast.tasks.boxes import area, from_model, image_sizes, overlap, stretched, to_model
+from vlmfast.tasks.boxes import area, image_sizes, in_file, overlap, stretched, to_model
 from vlmfast.tasks.page import ACCENT, INK, MUTED, RIGHT, WRONG, Cell, gallery
 from vlmfast.tasks.scores import Compared
 from vlmfast.tasks.task import Run, Task, Trainable
@@ -60,10 +62,12 @@ class Grounding(Task):
         of padding. Regions are the features', or without features the objects of the records.
 
         Raises:
-            TypeError: the model has no `phrase_scores`.
+            TypeError: the model has no `phrase_scores`, or finds the regions itself.
         """
         if not callable(getattr(model, "phrase_scores", None)):
             raise TypeError(f"task {self.name}: expected a model with phrase_scores; {type(model).__name__} lacks it")
+        if getattr(model, "open_vocabulary", False):
+            raise TypeError(f"task {self.name}: {type(model).__name__} finds regions itself; train it without --task")
         chosen = features or _default_features(model)
         dataset = self.training_data(
             model, source, model_options, chosen, seed=seed, requires=self.requires, min_batch=1
@@ -123,21 +127,25 @@ class Grounding(Task):
         with evaluating(run.model):
             for batch, indices, samples in run.batches(dataset, collator, "ground"):
                 if by_regions:
-                    scores = run.model.phrase_scores(**batch).float().cpu()
-                    for row, index, sample in zip(scores, indices, samples, strict=True):
+                    scores = run.model.phrase_scores(**batch)
+                    if isinstance(scores, tuple):
+                        scores, own_boxes = scores
+                        found |= _of_model(scores.float().cpu(), own_boxes.cpu(), batch, indices, phrases, sizes)
+                        continue
+                    for row, index, sample in zip(scores.float().cpu(), indices, samples, strict=True):
                         boxes = _regions(sample, sizes, index, (others or {}).get(index, index))
                         own = row[: len(phrases[index]), : len(boxes)]
                         best = own.argmax(dim=1).tolist() if len(boxes) else [-1] * len(own)
                         found[index] = [(place, boxes) for place in best]
                     continue
-                pixels = batch["pixel_values"]
-                seen = (pixels.shape[2], pixels.shape[1])
                 asked = [[s.caption[slice(*p.span)] for p in phrases[i]] for i, s in zip(indices, samples, strict=True)]
-                for index, one in zip(indices, run.model.detect(pixels, asked), strict=True):
+                more = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
+                several = run.model.detect(batch["pixel_values"], asked, tokenizer=run.tokenizer, **more)
+                for row, (index, one) in enumerate(zip(indices, several, strict=True)):
                     found[index] = []
                     for number in range(len(phrases[index])):
                         mine = (one["labels"] == number).cpu()
-                        boxes = from_model(one["boxes"].cpu()[mine], seen, sizes[index])
+                        boxes = in_file(one["boxes"].cpu()[mine], batch, row, sizes[index])
                         place = int(one["scores"].cpu()[mine].argmax()) if len(boxes) else -1
                         found[index].append((place, boxes))
         return found
@@ -153,33 +161,6 @@ def phrases_of(record: dict[str, Any]) -> list[Phrase]:
         if mine and 0 <= start < end:
             found.append(Phrase((start, end), torch.tensor(mine, dtype=torch.float64)))
     return found
-
-
-def phrase_mask(
-    tokenizer: Any, captions: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], ids: Tensor
-) -> Tensor:
-    """Which tokens of its caption each phrase spans.
-
-    Args:
-        tokenizer: a fast one of transformers.
-        captions: B texts.
-        spans: of each text, of the characters of its phrases.
-        ids (B, L): the tokens of the texts, each from column 0.
-    Returns:
-        bool (B, P, L), P the most phrases of a text. A phrase that was cut off spans nothing.
-    Raises:
-        ValueError: a row does not begin with the caption's tokens.
-    """
-    mask = torch.zeros(len(captions), max(map(len, spans), default=0), ids.shape[1], dtype=torch.bool)
-    for row, (caption, own) in enumerate(zip(captions, spans, strict=True)):
-        tokens = tokenizer(caption, truncation=True, max_length=ids.shape[1], return_offsets_mapping=True)
-        length = len(tokens["input_ids"])
-        if ids[row, :length].tolist() != tokens["input_ids"]:
-            raise ValueError(f"input_ids: expected the tokens of {caption!r} from column 0, got {ids[row].tolist()}")
-        for place, (start, end) in enumerate(own):
-            for column, (first, last) in enumerate(tokens["offset_mapping"]):
-                mask[row, place, column] = first < end and last > start and last > first
-    return mask
 
 
 class _Spans:
@@ -211,6 +192,24 @@ class _Overlaps:
             for place, phrase in enumerate(phrases_of(sample.record)):
                 row[place, : len(boxes)] = overlap(boxes, phrase.boxes).amax(dim=1)
         return {**batch, "phrase_overlap": found}
+
+
+def _of_model(
+    scores: Tensor,
+    boxes: Tensor,
+    batch: dict[str, Any],
+    indices: Sequence[int],
+    phrases: dict[int, list[Phrase]],
+    sizes: dict[int, tuple[int, int]],
+) -> dict[int, list[tuple[int, Tensor]]]:
+    """As `Grounding._ground`, of the regions that a model has found itself; scores of -inf are of none."""
+    found = {}
+    for place, (row, own, index) in enumerate(zip(scores, boxes, indices, strict=True)):
+        there = own[row.isfinite().all(dim=0)]
+        where = in_file(there, batch, place, sizes[index])
+        best = row[: len(phrases[index]), : len(there)].argmax(dim=1).tolist()
+        found[index] = [(choice, where) for choice in best]
+    return found
 
 
 def _default_features(model: Any) -> str | None:

@@ -81,6 +81,7 @@ def groups(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
+    least: int = 1,
 ) -> list[Group]:
     """A batch as groups of images that have one size once each is padded to multiples of the stride.
 
@@ -90,6 +91,7 @@ def groups(
         pixel_values, image_sizes: as `pad` gives them; without sizes no image is padded.
         mean, std: per channel, of pixels in [0, 1].
         dtype: of the images.
+        least: side of a padded image at least, pixels.
     Raises:
         ValueError: pixel_values are not uint8 (B, H, W, 3).
     """
@@ -100,7 +102,8 @@ def groups(
     known = [whole] * len(pixel_values) if image_sizes is None else [(w, h) for w, h in image_sizes.tolist()]
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for place, (width, height) in enumerate(known):
-        alike[-(-height // stride) * stride, -(-width // stride) * stride].append(place)
+        rows, columns = (-(-max(side, least) // stride) * stride for side in (height, width))
+        alike[rows, columns].append(place)
     centre, scale = (pixel_values.new_tensor(values, dtype=torch.float32) for values in (mean, std))
     found = []
     for (rows, columns), places in alike.items():

@@ -41,7 +41,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -51,17 +50,16 @@ from typing_extensions import Self
 
 from vlmfast.data import Collator
 from vlmfast.models.beam_search import beam_search
-from vlmfast.models.checkpoints import check_numbers, find, load_auto
+from vlmfast.models.checkpoints import check_numbers
 from vlmfast.models.contract import JointFeatures, Pretrainable
 from vlmfast.models.fusion.fiber_captions import PromptCollator, continued, greedy
 from vlmfast.models.fusion.fiber_config import FIBERConfig, FIBEROptions, small_roberta, small_swin
-from vlmfast.models.fusion.fiber_parts import Backbone, Image, Text
+from vlmfast.models.fusion.fiber_parts import Backbone, Image, Text, loaded_towers
 from vlmfast.models.fusion.fiber_queue import PairQueue
 from vlmfast.models.gathered import Shards
 from vlmfast.models.masked_pairs import MaskedPairCollator
 from vlmfast.models.masked_words import groups_of_two_rates, grow_bias, masked_word_loss
 from vlmfast.models.matching import caption_codes, draw_negatives, hard_pairs, matching_loss
-from vlmfast.models.towers import load_model, normalisation
 
 TEMPERATURES = (0.001, 1.0)
 
@@ -193,27 +191,19 @@ class FIBERModel(Pretrainable, PreTrainedModel):
     @classmethod
     def create(cls, options: Any, tokenizer: Any, **overrides: Any) -> Self:
         """A new model from the options, its towers new or pretrained ones."""
-        vision = text = None
-        if options.vision_tower:
-            vision = _loaded(transformers.SwinModel, "vision_tower", load_model("vision_tower", options.vision_tower))
-            overrides = {**normalisation(options.vision_tower), **overrides}
-        if options.text_tower:
-            source = load_auto(transformers.AutoModel, "text_tower", find(options.text_tower), new=("pooler.",))
-            text = _loaded(transformers.RobertaModel, "text_tower", source)
+        vision, text, normalised = loaded_towers(options)
         settings = {
             "hidden_size": text.config.hidden_size if text is not None else options.width,
             "num_fused_layers": options.fused_layers,
             "queued_pairs": options.queued_pairs or 0,
             "queued_tokens": options.max_length,
+            **normalised,
             **overrides,
         }
         vision_config = small_swin(options) if vision is None else vision.config
         text_config = small_roberta(options, tokenizer) if text is None else text.config
         model = cls(cls.config_class(vision_config, text_config, **settings))
-        for tower, own in ((vision, model.towers.vision_model), (text, model.towers.text_model)):
-            if tower is not None:
-                weights = tower.state_dict()
-                own.load_state_dict({name: weights[name] for name in own.state_dict()})
+        model.towers.copy_from(vision, text)
         return model.eval()
 
     def collator(self, options: Any, tokenizer: Any, *, train: bool) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
@@ -511,9 +501,3 @@ class FIBERModel(Pretrainable, PreTrainedModel):
                 gates = [getattr(fusion, f"alpha_{name}").detach().abs() for fusion in side]
                 found[f"alpha_{name}"] = torch.cat(gates).mean().item()
         return found
-
-
-def _loaded(kind: Any, name: str, model: Any) -> Any:
-    if not isinstance(model, kind):
-        raise ValueError(f"--{name.replace('_', '-')}: expected a {kind.__name__}, got {type(model).__name__}")
-    return model

@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from vlmfast.models.contract import ImageTextOptions
+from vlmfast.models.contract import ImageTextOptions, Options
 
 OBJECTIVES = ("pretraining", "matching", "contrast", "captioning")
 
@@ -100,15 +100,9 @@ class FIBERConfig(PreTrainedConfig):
 
 
 @dataclass
-class FIBEROptions(ImageTextOptions):
+class TowerOptions(Options):
     """Pretrained towers, or small ones from a few numbers."""
 
-    objective: str = field(
-        default="pretraining",
-        metadata={
-            "help": "pretraining (masked words, matching, contrast), matching (and contrast), contrast, or captioning."
-        },
-    )
     vision_tower: str | None = field(default=None, metadata={"help": "Name or folder of a pretrained Swin."})
     text_tower: str | None = field(
         default=None, metadata={"help": "Name or folder of a pretrained RoBERTa; its tokenizer is the default one."}
@@ -119,10 +113,6 @@ class FIBEROptions(ImageTextOptions):
     width: int = field(default=192, metadata={"help": "Width of RoBERTa, a multiple of 64."})
     layers: int = field(default=4, metadata={"help": "Layers of RoBERTa."})
     fused_layers: int = field(default=3, metadata={"help": "Layers of RoBERTa and blocks of Swin that are fused."})
-    queued_pairs: int | None = field(
-        default=None,
-        metadata={"help": "Pairs of earlier batches that are negatives too; none by default. The paper's is 4096."},
-    )
 
     new_model: ClassVar[tuple[str, ...]] = (
         "vision_tower",
@@ -133,13 +123,10 @@ class FIBEROptions(ImageTextOptions):
         "width",
         "layers",
         "fused_layers",
-        "queued_pairs",
     )
 
     def check(self) -> None:
         super().check()
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"--objective: expected one of {', '.join(OBJECTIVES)}; got {self.objective!r}")
         if self.vision_tower:
             self.refuse(("swin_width", "swin_depths", "window"), f"--vision-tower {self.vision_tower}")
         if self.text_tower:
@@ -147,6 +134,29 @@ class FIBEROptions(ImageTextOptions):
 
     def tokenizer_source(self) -> str | None:
         return self.text_tower or self.pretrained
+
+
+@dataclass
+class FIBEROptions(TowerOptions, ImageTextOptions):
+    """Of the coarse stage."""
+
+    objective: str = field(
+        default="pretraining",
+        metadata={
+            "help": "pretraining (masked words, matching, contrast), matching (and contrast), contrast, or captioning."
+        },
+    )
+    queued_pairs: int | None = field(
+        default=None,
+        metadata={"help": "Pairs of earlier batches that are negatives too; none by default. The paper's is 4096."},
+    )
+
+    new_model: ClassVar[tuple[str, ...]] = (*TowerOptions.new_model, "queued_pairs")
+
+    def check(self) -> None:
+        super().check()
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"--objective: expected one of {', '.join(OBJECTIVES)}; got {self.objective!r}")
 
 
 def small_swin(options: Any) -> transformers.SwinConfig:

@@ -9,7 +9,8 @@ import transformers
 from torch import Tensor, nn
 
 from vlmfast.models.bert_attention import heads_attention
-from vlmfast.models.towers import tower_input
+from vlmfast.models.checkpoints import find, load_auto
+from vlmfast.models.towers import load_model, normalisation, tower_input
 from vlmfast.nn.fiber import ImageToTextFusion, TextToImageFusion
 
 
@@ -68,14 +69,18 @@ class Backbone(nn.Module):
         """The stage of each block of Swin."""
         return [stage for stage, depth in enumerate(self.vision_model.config.depths) for _ in range(depth)]
 
-    def encode_image(self, pixel_values: Tensor) -> Image:
-        """Images as `vlmfast.models.towers.tower_input`, through the blocks that are never fused."""
+    def encode_image(self, pixel_values: Tensor, stages: list[Image] | None = None) -> Image:
+        """Images as `vlmfast.models.towers.tower_input`, through the blocks that are never fused.
+
+        Args:
+            stages: takes in what each stage gives that ends on the way, before patches are merged.
+        """
         tower = self.vision_model
         pixels = tower_input(tower, pixel_values, self.image_mean, self.image_std, reads_bytes=False)
         states, size = tower.embeddings(pixels)
         image = Image(states, tuple(size))
         for number in range(len(self.stages) - self.count):
-            image = self._block(number, image)
+            image = self._block(number, image, stages=stages)
         return image
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None, *, causal: bool = False) -> Text:
@@ -100,22 +105,32 @@ class Backbone(nn.Module):
             states = text_layer(layer, states, seen)
         return states
 
-    def fuse(self, image: Image, text: Text, *, text_only: bool = False) -> tuple[Tensor, Tensor]:
-        """The last states of texts and images that read each other, neither after its tower's last norm.
+    def fuse(
+        self,
+        image: Image,
+        text: Text,
+        *,
+        text_only: bool = False,
+        last_norm: bool = False,
+        stages: list[Image] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The last states of texts and images that read each other, images without their tower's last norm.
 
         Of each pair of layers, either reads the other's states from before the pair.
 
         Args:
             text_only: leaves out the last block of images, which texts do not read, and returns what was before it.
+            last_norm: whether the texts' go through the norm of their last layer.
+            stages: as `encode_image`.
         """
         assert self.t2i is not None
         assert self.i2t is not None
         first, states, seen = len(self.stages) - self.count, text.states, _seen(text)
         for k, layer in enumerate(self.text_model.encoder.layer[-self.count :]):
             last = k == self.count - 1
-            read = text_layer(layer, states, seen, self.t2i[k], image.states, last_norm=not last)
+            read = text_layer(layer, states, seen, self.t2i[k], image.states, last_norm=last_norm or not last)
             if not (last and text_only):
-                image = self._block(first + k, image, self.i2t[k], Text(states, text.mask))
+                image = self._block(first + k, image, self.i2t[k], Text(states, text.mask), stages)
             states = read
         return states, image.states
 
@@ -129,12 +144,26 @@ class Backbone(nn.Module):
             states = text_layer(layer, states, seen, self.t2i[k], image, last_norm=k < self.count - 1)
         return states
 
-    def _block(self, number: int, image: Image, fusion: Any = None, text: Text | None = None) -> Image:
+    def copy_from(self, vision: Any, text: Any) -> None:
+        """Weights of a SwinModel and a RobertaModel of the same configs; None leaves a tower as it is."""
+        for tower, own in ((vision, self.vision_model), (text, self.text_model)):
+            if tower is not None:
+                weights = tower.state_dict()
+                own.load_state_dict({name: weights[name] for name in own.state_dict()})
+
+    def _block(
+        self,
+        number: int,
+        image: Image,
+        fusion: Any = None,
+        text: Text | None = None,
+        stages: list[Image] | None = None,
+    ) -> Image:
         """Block `number` of Swin, and the merging of patches behind it where a stage ends."""
         stage = self.stages[number]
         layer: Any = self.vision_model.encoder.layers[stage]
         block = layer.blocks[number - self.stages.index(stage)]
-        handle = None
+        handle, windows = None, (block.window_size, block.shift_size)
         if fusion is not None:
             assert text is not None
             # The windows' output behind the projection. They are a sample's one after the other, as the fusion wants.
@@ -146,8 +175,11 @@ class Backbone(nn.Module):
         finally:
             if handle is not None:
                 handle.remove()
+            block.window_size, block.shift_size = windows  # which transformers leaves changed by a small image
         image = Image(states, image.size)
         ends = number + 1 == len(self.stages) or self.stages[number + 1] != stage
+        if ends and stages is not None:
+            stages.append(image)
         if not ends or layer.downsample is None:
             return image
         height, width = image.size
@@ -189,3 +221,26 @@ def _seen(text: Text, causal: bool = False) -> Tensor | None:
     length = text.states.shape[1]
     past = torch.ones(length, length, dtype=torch.bool, device=text.states.device).tril()
     return past if mask is None else past & mask
+
+
+def loaded_towers(options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The SwinModel and the RobertaModel that options name, or None, and how the former's pixels are normalised.
+
+    Raises:
+        ValueError: one is a model of another kind.
+    """
+    vision = text = None
+    normalised: dict[str, Any] = {}
+    if options.vision_tower:
+        vision = _loaded(transformers.SwinModel, "vision_tower", load_model("vision_tower", options.vision_tower))
+        normalised = normalisation(options.vision_tower)
+    if options.text_tower:
+        source = load_auto(transformers.AutoModel, "text_tower", find(options.text_tower), new=("pooler.",))
+        text = _loaded(transformers.RobertaModel, "text_tower", source)
+    return vision, text, normalised
+
+
+def _loaded(kind: Any, name: str, model: Any) -> Any:
+    if not isinstance(model, kind):
+        raise ValueError(f"--{name.replace('_', '-')}: expected a {kind.__name__}, got {type(model).__name__}")
+    return model

@@ -1,0 +1,141 @@
+"""Config and flags of FIBER's fine stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import transformers
+from transformers import PreTrainedConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from vlmfast.models.checkpoints import find, read_config
+from vlmfast.models.fusion.fiber_config import TowerOptions
+
+LONGER = 1333 / 800
+"""The longer side of an image at most, in shorter sides."""
+COARSE = (
+    "objective",
+    "hidden_size",
+    "queued_pairs",
+    "queued_tokens",
+    "temperature_init_value",
+    "mask_probability",
+    "hidden_act",
+    "layer_norm_eps",
+)
+"""Fields of a coarse stage's config that have no meaning here."""
+
+
+class FIBERFineConfig(PreTrainedConfig):
+    """A Swin and a RoBERTa that are fused, a feature pyramid and DyHead. The paper's sizes by default.
+
+    Args:
+        vision_config, text_config: transformers' SwinConfig and RobertaConfig, or dicts.
+        num_fused_layers: of RoBERTa's last layers and Swin's last blocks, in pairs; fewer than either tower has.
+        head_channels: C, of the pyramid and the head.
+        head_blocks: of DyHead.
+        anchor_scale: side of the anchor at each place, in strides of its level.
+        image_size, longer_size: pixels; the shorter side of an image is made `image_size`, unless the longer one
+            would pass `longer_size`.
+        lr_factor: by which the fusions learn faster than the rest.
+        image_mean, image_std: per channel, of pixels in [0, 1].
+        Others as PreTrainedConfig.
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    model_type = "fiber_fine"
+    sub_configs: ClassVar[dict[str, Any]] = {
+        "vision_config": transformers.SwinConfig,
+        "text_config": transformers.RobertaConfig,
+    }
+
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        *,
+        num_fused_layers: int = 6,
+        head_channels: int = 256,
+        head_blocks: int = 6,
+        anchor_scale: float = 8.0,
+        image_size: int = 800,
+        longer_size: int = 1333,
+        lr_factor: float = 5.0,
+        image_mean: Sequence[float] = tuple(IMAGENET_DEFAULT_MEAN),
+        image_std: Sequence[float] = tuple(IMAGENET_DEFAULT_STD),
+        **kwargs: Any,
+    ) -> None:
+        for name, given in {"vision_config": vision_config, "text_config": text_config}.items():
+            kind = self.sub_configs[name]
+            setattr(self, name, given if isinstance(given, PreTrainedConfig) else kind(**(given or {})))
+        self.num_fused_layers = num_fused_layers
+        self.head_channels = head_channels
+        self.head_blocks = head_blocks
+        self.anchor_scale = anchor_scale
+        self.image_size, self.longer_size = image_size, longer_size
+        self.lr_factor = lr_factor
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self._check()
+        super().__init__(**{name: value for name, value in kwargs.items() if name not in COARSE})
+
+    def _check(self) -> None:
+        text, vision = self.text_config, self.vision_config
+        most = min(text.num_hidden_layers, sum(vision.depths)) - 1
+        if not 1 <= self.num_fused_layers <= most:
+            raise ValueError(
+                f"num_fused_layers: expected 1 to {most}, fewer than a tower has layers; got {self.num_fused_layers}"
+            )
+        for name in ("head_channels", "head_blocks", "image_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if self.longer_size < self.image_size:
+            raise ValueError(f"longer_size: expected at least image_size {self.image_size}, got {self.longer_size}")
+        if not self.anchor_scale > 0:
+            raise ValueError(f"anchor_scale: expected a positive number, got {self.anchor_scale}")
+        if vision.use_absolute_embeddings:
+            raise ValueError("vision_config: expected a Swin for images of any size, got use_absolute_embeddings")
+        if getattr(text, "is_decoder", False) or getattr(text, "add_cross_attention", False):
+            raise ValueError("text_config: expected an encoder, got is_decoder or add_cross_attention")
+
+
+@dataclass
+class FIBERFineOptions(TowerOptions):
+    """A coarse stage's checkpoint in --pretrained, or new or pretrained towers."""
+
+    image_size: int = field(default=128, metadata={"help": "Shorter side of the images, pixels; they are not cropped."})
+    max_length: int = field(
+        default=64,
+        metadata={"help": "Tokens of a text at most; more names than it holds are asked for in several texts."},
+    )
+    caption_share: float = field(
+        default=0.5,
+        metadata={"help": "How often the text is the caption, where it has phrases, not a list of names."},
+    )
+    head_width: int = field(default=64, metadata={"help": "Channels of pyramid and head; the paper's are 256."})
+    head_blocks: int = field(default=2, metadata={"help": "Blocks of DyHead; the paper has 6."})
+    anchor_scale: float = field(
+        default=4.0, metadata={"help": "Side of the anchor at each place, in strides; the paper's is 8."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.caption_share <= 1:
+            raise ValueError(f"--caption-share: expected a probability, got {self.caption_share}")
+        if not self.anchor_scale > 0:
+            raise ValueError(f"--anchor-scale: expected a positive number, got {self.anchor_scale}")
+
+    def check(self) -> None:
+        super().check()
+        if (self.pretrained and not self.is_coarse()) or self.config:
+            made = "--pretrained" if self.pretrained else "--config"
+            self.refuse(("head_width", "head_blocks", "anchor_scale"), f"{made}, which says how the head is made")
+
+    def is_coarse(self) -> bool:
+        """Whether --pretrained names a checkpoint without a fine stage's head."""
+        if not self.pretrained:
+            return False
+        return read_config(find(self.pretrained)).get("model_type") != FIBERFineConfig.model_type
