@@ -49,13 +49,12 @@ from transformers.utils import ModelOutput, can_return_tuple
 from typing_extensions import Self
 
 from vlmfast.data import Collator
-from vlmfast.models.beam_search import beam_search
 from vlmfast.models.checkpoints import check_numbers
 from vlmfast.models.contract import JointFeatures, Pretrainable
-from vlmfast.models.fusion.fiber_captions import PromptCollator, continued, greedy
+from vlmfast.models.fusion.fiber_captions import Captioning, PromptCollator
 from vlmfast.models.fusion.fiber_config import FIBERConfig, FIBEROptions, small_roberta, small_swin
-from vlmfast.models.fusion.fiber_parts import Backbone, Image, Text, loaded_towers
-from vlmfast.models.fusion.fiber_queue import PairQueue
+from vlmfast.models.fusion.fiber_parts import Backbone, Image, Pooler, Text, loaded_towers
+from vlmfast.models.fusion.fiber_queue import PairQueue, raw_pairs
 from vlmfast.models.gathered import Shards
 from vlmfast.models.masked_pairs import MaskedPairCollator
 from vlmfast.models.masked_words import groups_of_two_rates, grow_bias, masked_word_loss
@@ -84,19 +83,7 @@ class FIBEROutput(ModelOutput):
     pooled: Tensor | None = None
 
 
-class Pooler(nn.Module):
-    """tanh(dense(x))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.dense(x).tanh()
-        return pooled
-
-
-class FIBERModel(Pretrainable, PreTrainedModel):
+class FIBERModel(Captioning, Pretrainable, PreTrainedModel):
     """Towers, fusions and heads of one objective, and nothing that it does not read; see the top of this file."""
 
     config: FIBERConfig
@@ -288,7 +275,7 @@ class FIBERModel(Pretrainable, PreTrainedModel):
             masked = towers.encode_text(mlm_input_ids, attention_mask)
             losses["mlm_loss"] = self._word_loss(towers.fuse(image, masked, text_only=True)[0], mlm_labels)
         shards = Shards(type(self).__name__, draws)
-        batch = self._raw(shards, pixel_values, input_ids, attention_mask, image_ids)
+        batch = raw_pairs(shards, self.queue, pixel_values, input_ids, attention_mask, image_ids)
         own = self._compare(towers.alone(image=image), towers.alone(text=text))
         losses["itc_loss"], scores = self._contrast(shards, *own, batch)
         if self.itm_score is not None:
@@ -326,27 +313,6 @@ class FIBERModel(Pretrainable, PreTrainedModel):
         return F.normalize(feature.float(), dim=-1)
 
     # Contrast and matching, over the global batch and the queue
-
-    def _raw(
-        self,
-        shards: Shards,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        image_ids: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """The pairs of all processes as they came, by the names that the queue has for them."""
-        if self.queue is not None and pixel_values.dtype != torch.uint8:
-            raise TypeError(f"pixel_values: expected uint8, which the queue keeps, got {pixel_values.dtype}")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if image_ids is None:
-            # Numbers that no other pair has, also among those of earlier batches.
-            first = 0 if self.queue is None else int(self.queue.pushed)
-            image_ids = -1 - first - shards.offset - torch.arange(len(input_ids), device=input_ids.device)
-        named = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": mask}
-        found = {name: shards.rows(values) for name, values in named.items()}
-        found["image_ids"] = shards.rows(image_ids[:, None])[:, 0]
-        return found
 
     def _contrast(
         self, shards: Shards, image: Tensor, text: Tensor, batch: dict[str, Tensor]
@@ -391,59 +357,6 @@ class FIBERModel(Pretrainable, PreTrainedModel):
         pairs = [(text, image), (text, wrong_images), (wrong_texts, image)]
         logits = torch.cat([self.itm_score(self._pool(*self._fused(*pair))) for pair in pairs])  # type: ignore[misc]
         return matching_loss(logits, labels)
-
-    # Captions
-
-    def _caption_loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        labels = input_ids[:, 1:]
-        if attention_mask is not None:
-            labels = labels.masked_fill(attention_mask[:, 1:] == 0, -100)
-        return self._word_loss(self._decoded(self._memory(pixel_values), input_ids, attention_mask)[:, :-1], labels)
-
-    def _memory(self, pixel_values: Tensor) -> Tensor:
-        return self.towers.alone(image=self.towers.encode_image(pixel_values))
-
-    def _decoded(self, memory: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return self.towers.decode(memory, self.towers.encode_text(input_ids, attention_mask, causal=True))
-
-    @torch.no_grad()
-    def _generate(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 30,
-        num_beams: int = 1,
-    ) -> Tensor:
-        """Token ids (B, N) int64 of what follows, up to the token that ends a text; `generate`.
-
-        Args:
-            pixel_values, input_ids, attention_mask: as `forward`, of prompts padded on the right.
-            max_new_tokens: at most; fewer where RoBERTa has no position left.
-            num_beams: 1 is greedy; more are those of `vlmfast.models.beam_search`.
-        Raises:
-            ValueError: a prompt is longer than RoBERTa's positions; as `beam_search`.
-        """
-        config, most = self.config.text_config, self.max_text_length
-        if input_ids.shape[1] > most:
-            raise ValueError(f"input_ids: expected at most {most} tokens, got {input_ids.shape[1]}")
-        memory = self._memory(pixel_values)
-        count = min(max_new_tokens, most - input_ids.shape[1] + 1)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        lengths, end, pad = mask.sum(1), config.eos_token_id, config.pad_token_id
-
-        def step(tokens: Tensor, rows: Tensor) -> Tensor:
-            ids, seen, places = continued(input_ids[rows], lengths[rows], tokens, pad)
-            states = self._decoded(memory[rows], ids, seen)[torch.arange(len(rows), device=rows.device), places]
-            logits: Tensor = self.mlm_score(self.cross_modal_text_transform(states))  # type: ignore[misc]
-            return logits
-
-        if num_beams == 1:
-            return greedy(step, torch.arange(len(mask), device=mask.device), count, end=end, pad=pad)
-        return beam_search(
-            step, len(mask), beams=num_beams, per_node=num_beams, max_steps=count, end=end, device=mask.device
-        )[0]
 
     # What tasks ask for; ValueError where the objective has no part for it
 

@@ -1,4 +1,4 @@
-"""FIBER as a writer of captions: prompts in batches, and greedy decoding."""
+"""FIBER as a writer of captions: their loss, prompts in batches, and decoding."""
 
 from __future__ import annotations
 
@@ -10,6 +10,67 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast.data import Collator
+from vlmfast.models.beam_search import beam_search
+
+
+class Captioning:
+    """Methods of a FIBERModel whose objective is captioning, of its `config`, `towers` and word head."""
+
+    def _caption_loss(self: Any, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        labels = input_ids[:, 1:]
+        if attention_mask is not None:
+            labels = labels.masked_fill(attention_mask[:, 1:] == 0, -100)
+        loss: Tensor = self._word_loss(
+            self._decoded(self._memory(pixel_values), input_ids, attention_mask)[:, :-1], labels
+        )
+        return loss
+
+    def _memory(self: Any, pixel_values: Tensor) -> Tensor:
+        states: Tensor = self.towers.alone(image=self.towers.encode_image(pixel_values))
+        return states
+
+    def _decoded(self: Any, memory: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        states: Tensor = self.towers.decode(memory, self.towers.encode_text(input_ids, attention_mask, causal=True))
+        return states
+
+    @torch.no_grad()
+    def _generate(
+        self: Any,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 30,
+        num_beams: int = 1,
+    ) -> Tensor:
+        """Token ids (B, N) int64 of what follows, up to the token that ends a text; `generate`.
+
+        Args:
+            pixel_values, input_ids, attention_mask: as `forward`, of prompts padded on the right.
+            max_new_tokens: at most; fewer where RoBERTa has no position left.
+            num_beams: 1 is greedy; more are those of `vlmfast.models.beam_search`.
+        Raises:
+            ValueError: a prompt is longer than RoBERTa's positions; as `beam_search`.
+        """
+        config, most = self.config.text_config, self.max_text_length
+        if input_ids.shape[1] > most:
+            raise ValueError(f"input_ids: expected at most {most} tokens, got {input_ids.shape[1]}")
+        memory = self._memory(pixel_values)
+        count = min(max_new_tokens, most - input_ids.shape[1] + 1)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        lengths, end, pad = mask.sum(1), config.eos_token_id, config.pad_token_id
+
+        def step(tokens: Tensor, rows: Tensor) -> Tensor:
+            ids, seen, places = continued(input_ids[rows], lengths[rows], tokens, pad)
+            states = self._decoded(memory[rows], ids, seen)[torch.arange(len(rows), device=rows.device), places]
+            logits: Tensor = self.mlm_score(self.cross_modal_text_transform(states))
+            return logits
+
+        if num_beams == 1:
+            return greedy(step, torch.arange(len(mask), device=mask.device), count, end=end, pad=pad)
+        return beam_search(
+            step, len(mask), beams=num_beams, per_node=num_beams, max_steps=count, end=end, device=mask.device
+        )[0]
 
 
 class PromptCollator:

@@ -53,10 +53,6 @@ from vlmfast.models.fusion.fiber_fine_config import LONGER, FIBERFineConfig, FIB
 from vlmfast.models.fusion.fiber_parts import Backbone, Image, loaded_towers
 from vlmfast.models.masked_words import groups_of_two_rates
 
-LEAST = 0.05
-"""The score of a phrase from which on a place is a candidate, before centerness."""
-CANDIDATES, FOUND, OVERLAP = 1000, 100, 0.6
-
 
 @dataclass
 class FIBERFineOutput(ModelOutput):
@@ -272,11 +268,13 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
         """
         from torchvision.ops import clip_boxes_to_image
 
+        from vlmfast.models.fusion.found_phrases import FOUND, of_phrases
+
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows: list[Any] = [None] * len(pixel_values)
         for places, images, sizes in self._groups(pixel_values, image_sizes):
             found = self._dense(self._encode(images), input_ids[places], mask[places])
-            scores = _of_phrases(found.logits, phrase_mask[places])
+            scores = of_phrases(found.logits, phrase_mask[places])
             scores = (scores * found.centerness.sigmoid()[..., None]).sqrt()
             for row, (place, size) in enumerate(zip(places, sizes, strict=True)):
                 rank = torch.cat([scores[row], scores[row].new_zeros(scores.shape[1], 1)], 1).amax(1)
@@ -315,6 +313,8 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
         for own in phrases:
             if isinstance(own, str) or not all(isinstance(one, str) and one.strip() for one in own):
                 raise ValueError(f"phrases: expected lists of phrases that are not empty, got {own!r}")
+        from vlmfast.models.fusion.found_phrases import best
+
         length = min(max_length or self.max_text_length, self.max_text_length)
         made = {tuple(own): prompts(tokenizer, own, length) for own in phrases}
         asked = [made[tuple(own)] for own in phrases]
@@ -330,7 +330,7 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
                     for row, one in zip(rows, several, strict=True):
                         found[row].append(one)
                 for row, place in enumerate(places):
-                    results[place] = _best(found[row], pixel_values.device)
+                    results[place] = best(found[row], pixel_values.device)
         return results
 
     def _look(
@@ -342,7 +342,7 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
         length: int,
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of each image boxes (N, 4), scores (N,) and labels (N,) of the candidates for the phrases of its text."""
-        from torchvision.ops import clip_boxes_to_image
+        from vlmfast.models.fusion.found_phrases import candidates, of_phrases
 
         tokens = tokenizer(
             [text.text for text in texts], padding=True, padding_side="right", truncation=True, max_length=length,
@@ -352,18 +352,11 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
         spans = phrase_mask(tokenizer, [text.text for text in texts], [text.spans for text in texts], ids)
         device = encoded[0].states.device
         dense = self._dense(encoded, ids.to(device), mask.to(device))
-        scores = _of_phrases(dense.logits, spans.to(device))
-        found = []
-        for row, (text, size) in enumerate(zip(texts, sizes, strict=True)):
-            own = scores[row][:, : len(text.names)]
-            kept = own > LEAST
-            own = torch.where(kept, (own * dense.centerness[row].sigmoid()[:, None]).sqrt(), -1.0)
-            best = own.flatten().topk(min(CANDIDATES, int(kept.sum()))).indices
-            places, labels = best // own.shape[1], best % own.shape[1]
-            numbers = torch.tensor(text.names, device=device)
-            boxes = clip_boxes_to_image(dense.boxes[row][places], size)
-            found.append((boxes, own[places, labels], numbers[labels]))
-        return found
+        scores = of_phrases(dense.logits, spans.to(device))
+        return [
+            candidates(scores[row], dense.centerness[row], dense.boxes[row], text.names, size)
+            for row, (text, size) in enumerate(zip(texts, sizes, strict=True))
+        ]
 
     def _groups(self, pixel_values: Tensor, image_sizes: Tensor | None) -> list[Group]:
         config, vision = self.config, self.config.vision_config
@@ -434,24 +427,3 @@ def _sizes(options: Any) -> dict[str, Any]:
 def _rows(encoded: tuple[Image, list[Image]], rows: Sequence[int]) -> tuple[Image, list[Image]]:
     image, stages = encoded
     return image._replace(states=image.states[rows]), [each._replace(states=each.states[rows]) for each in stages]
-
-
-def _of_phrases(logits: Tensor, spans: Tensor) -> Tensor:
-    """The mean probability (B, A, P) of each phrase's words, 0 of none, from logits (B, A, L) and spans (B, P, L)."""
-    share = spans.float() / spans.sum(2, keepdim=True).clamp(min=1)
-    return logits.sigmoid() @ share.transpose(1, 2)
-
-
-def _best(found: Sequence[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """Of the candidates for all phrases those that NMS leaves for each."""
-    from torchvision.ops import batched_nms
-
-    if not found:
-        return {
-            "boxes": torch.zeros(0, 4, device=device),
-            "scores": torch.zeros(0, device=device),
-            "labels": torch.zeros(0, dtype=torch.int64, device=device),
-        }
-    boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-    kept = batched_nms(boxes, scores, labels, OVERLAP)[:FOUND]
-    return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}

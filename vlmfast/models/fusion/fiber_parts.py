@@ -186,6 +186,18 @@ class Backbone(nn.Module):
         return Image(layer.downsample(image.states, image.size), ((height + 1) // 2, (width + 1) // 2))
 
 
+class Pooler(nn.Module):
+    """tanh(dense(x))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.dense(x).tanh()
+        return pooled
+
+
 def text_layer(
     layer: Any,
     x: Tensor,

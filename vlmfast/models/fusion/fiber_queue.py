@@ -1,9 +1,11 @@
-"""FIBER's queue of the pairs of earlier batches."""
+"""FIBER's queue of the pairs of earlier batches, and those of the batch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from vlmfast.models.gathered import Shards
 
 
 class PairQueue(nn.Module):
@@ -77,3 +79,29 @@ class PairQueue(nn.Module):
         own = batch["pixel_values"]
         stored = self.pixel_values[(rows - len(own)).clamp(min=0)].to(own.dtype)
         return torch.where((rows < len(own))[:, None, None, None], own[rows.clamp(max=len(own) - 1)], stored)
+
+
+def raw_pairs(
+    shards: Shards,
+    queue: PairQueue | None,
+    pixel_values: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    image_ids: Tensor | None,
+) -> dict[str, Tensor]:
+    """The pairs of all processes as they came, by the names that the queue has for them.
+
+    Raises:
+        TypeError: there is a queue, and images are not uint8.
+    """
+    if queue is not None and pixel_values.dtype != torch.uint8:
+        raise TypeError(f"pixel_values: expected uint8, which the queue keeps, got {pixel_values.dtype}")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if image_ids is None:
+        # Numbers that no other pair has, also among those of earlier batches.
+        first = 0 if queue is None else int(queue.pushed)
+        image_ids = -1 - first - shards.offset - torch.arange(len(input_ids), device=input_ids.device)
+    named = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": mask}
+    found = {name: shards.rows(values) for name, values in named.items()}
+    found["image_ids"] = shards.rows(image_ids[:, None])[:, 0]
+    return found
