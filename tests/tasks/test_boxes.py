@@ -153,8 +153,35 @@ class PaddedFinder(Finder):
         return super().detect(image[:, :8, :8], phrases)
 
 
+class OwnRegions(PaddedFinder):
+    """Finds both halves itself, in the corner of what it is given, and one region that is padding."""
+
+    def phrase_scores(
+        self, pixel_values: Any, input_ids: Any, attention_mask: Any, phrase_mask: Any, image_sizes: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.zeros(*phrase_mask.shape[:2], 3)
+        scores[..., 0] = -torch.inf
+        for row, half in enumerate(sides(self, pixel_values[:, :8, :8])):
+            for place, mask in enumerate(phrase_mask[row]):
+                asked = {WORDS[token] for token in input_ids[row][mask].tolist()}
+                for region, name in enumerate(half):
+                    scores[row, place, 1 + region] = float(name in asked)
+        boxes = torch.tensor([[0.0, 0, 0, 0], [0, 0, 4, 8], [4, 0, 8, 8]])
+        return scores, boxes.expand(len(scores), 3, 4)
+
+
+def test_a_model_that_finds_regions_itself(source: str) -> None:
+    scores = Grounding().evaluate(OwnRegions(), source, word_tokenizer(), None, batch_size=3)
+    assert scores.rows["model"] == scores.rows["upper bound"] == {"accuracy": 1.0}
+    assert scores.rows["chance"] == {"accuracy": 0.5}  # padding is no region
+    assert scores.rows["blind"]["accuracy"] < 0.7
+    with pytest.raises(TypeError, match="task grounding: OwnRegions finds regions itself; train it without --task"):
+        Grounding().trainable(OwnRegions(), source, word_tokenizer(), None)
+
+
 def test_boxes_of_padded_images(source: str) -> None:
     right = Detection().evaluate(PaddedFinder(), source, word_tokenizer(), None, batch_size=3)
+    assert Grounding().evaluate(PaddedFinder(), source, word_tokenizer(), None).rows["model"] == {"accuracy": 1.0}
     assert right.rows["model"] == pytest.approx({"mAP": 1, "mAP50": 1}, abs=1e-6)
 
 
@@ -173,6 +200,7 @@ def test_detection(source: str, tmp_path: Path) -> None:
     assert wrong.rows["model"] == wrong.rows["blind"]
     assert wrong.rows["model"]["mAP"] < 0.2
     assert right.rows["majority"]["mAP50"] < 1
+    assert 0 < right.rows["chance"]["mAP"] < 0.7  # the boxes of the model, their names changed
     right.report(tmp_path / "report.png")
     assert Image.open(tmp_path / "report.png").width > 1000
 

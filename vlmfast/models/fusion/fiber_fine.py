@@ -30,6 +30,7 @@ Departures from the released code:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
         elif module is self.head:
             from vlmfast.models.fusion.region_words import prior_logit
 
+            init.kaiming_uniform_(module.word_projection.weight, a=math.sqrt(5))  # as of nn.Linear
             init.ones_(module.level_scale)
             init.zeros_(module.log_scale)
             init.zeros_(module.bias_lang)
