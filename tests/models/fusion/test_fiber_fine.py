@@ -351,8 +351,9 @@ def test_four_images_are_learnt_and_their_boxes_found_by_name(
     assert main([
         "train", "fiber_fine", f"--data={data}", f"--output-dir={out}", "--image-size=40", "--swin-width=32",
         "--swin-depths=1,2", "--width=64", "--layers=2", "--fused-layers=1", "--head-width=32", "--head-blocks=1",
-        "--anchor-scale=2", "--max-length=12", "--per-device-train-batch-size=4", "--max-steps=130",
-        "--caption-share=0.3", "--learning-rate=4e-3", "--lr-scheduler-type=cosine", "--report-to=none",
+        "--anchor-scale=2", "--max-length=12", "--per-device-train-batch-size=4", "--max-steps=110",
+        "--caption-share=0.2", "--learning-rate=2e-3", "--warmup-steps=10", "--adam-beta2=0.98", "--report-to=none",
+        "--config-overrides", "lr_factor=1",
         "--use-cpu", "--dataloader-num-workers=0", "--disable-tqdm=true",
     ]) == 0  # fmt: skip
     rows = {}
