@@ -205,9 +205,10 @@ def _of_model(
     """As `Grounding._ground`, of the regions that a model has found itself; scores of -inf are of none."""
     found = {}
     for place, (row, own, index) in enumerate(zip(scores, boxes, indices, strict=True)):
-        there = own[row.isfinite().all(dim=0)]
-        where = in_file(there, batch, place, sizes[index])
-        best = row[: len(phrases[index]), : len(there)].argmax(dim=1).tolist()
+        there = row.isfinite().all(dim=0)
+        where = in_file(own[there], batch, place, sizes[index])
+        asked = row[: len(phrases[index]), there]
+        best = asked.argmax(dim=1).tolist() if len(where) else [-1] * len(asked)
         found[index] = [(choice, where) for choice in best]
     return found
 
