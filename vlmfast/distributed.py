@@ -147,10 +147,10 @@ def reduce_scatter(rows: Tensor, sizes: list[int], numbers: Tensor | None = None
 
 
 def gather_scalars(value: Tensor) -> Tensor:
-    """(world size,): every rank's one-element value, without gradient."""
+    """(world size, ...): every rank's value, a number or a few, without gradient."""
     values = value.new_empty(dist.get_world_size(), *value.shape)
     with _a_collective("gather"):
-        dist.all_gather_into_tensor(values.flatten(), value.reshape(1))
+        dist.all_gather_into_tensor(values.flatten(), value.flatten())
     return values
 
 
