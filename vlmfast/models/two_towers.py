@@ -18,7 +18,8 @@ Departures from transformers' models of two towers:
   the text blocks and leaves vision blocks at torch's defaults; here both have it.
 - It pools position 0 of a text without end-of-text token, silently; here that is an error. It is looked for
   on CPU tensors outside torch.compile only: on an accelerator the look would stall the device at every step.
-- The CLIP vision tower's stem is `vlmfast.ops.patch_embed`, which reads uint8 pixels as they are.
+- The CLIP vision tower's stem is `vlmfast.ops.patch_embed`, which reads uint8 pixels as they are, and its last layer
+  computes of the patches what the class token reads, see `vlmfast.models.class_token`.
 - Features are normalised in float32, under autocast too, and a zero vector gives zeros where transformers gives NaN.
 """
 
@@ -35,6 +36,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from typing_extensions import Self
 
 from vlmfast.models.checkpoints import check_numbers
+from vlmfast.models.class_token import end_at_class_token
 from vlmfast.models.contract import Pretrainable
 from vlmfast.models.towers import (
     CLIPTextModel,
@@ -117,6 +119,7 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
         if isinstance(self.text_model, CLIPTextModel) and not isinstance(text_config.eos_token_id, int):
             raise ValueError(f"text_config: expected an integer eos_token_id, got {text_config.eos_token_id}")
         self.reads_bytes = read_bytes(self.vision_model, config.image_mean, config.image_std)
+        self.class_token = end_at_class_token(self.vision_model)
         self.text_pools_first = pools_first(text_config)
         if self.text_pools_first:
             if getattr(text_config, "is_decoder", False) or text_config.is_encoder_decoder:
@@ -257,7 +260,7 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
 
     def _pool_image(self, pixel_values: Tensor) -> Tensor:
         """What the image's feature is made of (B, W)."""
-        outputs = self.vision_model(self._tower_input(pixel_values))
+        outputs = self.vision_model(self._tower_input(pixel_values), **self.class_token)
         return self._pooler_output("vision_config", outputs).flatten(1)
 
     def _pool_text(
