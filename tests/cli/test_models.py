@@ -205,6 +205,13 @@ def test_data_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--data is needed" in capsys.readouterr().err
 
 
+def test_the_help_of_an_option_that_is_on_says_what_turns_it_off(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--task", "captioning", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Turns --java off." in text
+    assert text.count("The Penn Treebank tokenizer") == 1
+
+
 def test_the_help_of_a_model_is_of_that_model_alone(capsys: pytest.CaptureFixture[str]) -> None:
     shown = {}
     for name in (name for name in MODELS if model_class(name).made_by == "train"):

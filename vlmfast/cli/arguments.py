@@ -107,6 +107,8 @@ def _parser(
 
 
 def _with_default(action: argparse.Action, defaults: Mapping[str, Any]) -> str:
+    if action.const is False:  # the --no-... of an option that is on by default
+        return f"Turns --{action.dest.replace('_', '-')} off."
     text = (action.help or "").replace("%(default)s", "")
     default = defaults.get(action.dest, action.default)
     default = getattr(default, "value", default)
