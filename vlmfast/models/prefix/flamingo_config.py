@@ -91,9 +91,7 @@ class FlamingoOptions(PrefixOptions):
     )
     cross_attention_first: int | None = field(
         default=None,
-        metadata={
-            "help": "The first layer, from 1, with a block before it; by default that of --cross-attention-every."
-        },
+        metadata={"help": "First layer, from 1, with a block before it; by default --cross-attention-every."},
     )
     p_next: float = field(
         default=0.0,
