@@ -281,6 +281,7 @@ def test_a_coarse_checkpoint_is_what_training_begins_with(objective: str, tmp_pa
     assert (fine.config.image_size, fine.config.longer_size, fine.config.head_channels) == (40, 67, 16)
     assert not {"objective", "queued_pairs", "hidden_size"} & fine.config.to_dict().keys()
     assert fine.head.bias0.sigmoid().item() == pytest.approx(0.01)
+    assert (fine.head.log_scale.item(), make().head.log_scale.abs().item() < 0.5) == (-2, True)
     assert fine.image_size(FIBERFineOptions()) == 40
     fine.save_pretrained(tmp_path / "fine")
     again = load(FIBERFineModel, str(tmp_path / "fine"))
@@ -351,7 +352,7 @@ def test_four_images_are_learnt_and_their_boxes_found_by_name(
     assert main([
         "train", "fiber_fine", f"--data={data}", f"--output-dir={out}", "--image-size=40", "--swin-width=32",
         "--swin-depths=1,2", "--width=64", "--layers=2", "--fused-layers=1", "--head-width=32", "--head-blocks=1",
-        "--anchor-scale=2", "--max-length=12", "--per-device-train-batch-size=4", "--max-steps=110",
+        "--anchor-scale=2", "--max-length=12", "--per-device-train-batch-size=4", "--max-steps=80",
         "--caption-share=0.2", "--learning-rate=2e-3", "--warmup-steps=10", "--adam-beta2=0.98", "--report-to=none",
         "--config-overrides", "lr_factor=1",
         "--use-cpu", "--dataloader-num-workers=0", "--disable-tqdm=true",

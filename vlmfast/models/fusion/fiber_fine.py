@@ -139,7 +139,7 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
 
             init.kaiming_uniform_(module.word_projection.weight, a=math.sqrt(5))  # as of nn.Linear
             init.ones_(module.level_scale)
-            init.zeros_(module.log_scale)
+            init.constant_(module.log_scale, self.config.log_scale_init)
             init.zeros_(module.bias_lang)
             init.constant_(module.bias0, prior_logit())
         for name in ("alpha_t2i", "alpha_i2t"):
@@ -421,6 +421,7 @@ def _sizes(options: Any) -> dict[str, Any]:
         "head_channels": options.head_width,
         "head_blocks": options.head_blocks,
         "anchor_scale": options.anchor_scale,
+        "log_scale_init": options.log_scale,
         "image_size": options.image_size,
         "longer_size": round(LONGER * options.image_size),
     }

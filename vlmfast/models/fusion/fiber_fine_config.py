@@ -37,6 +37,7 @@ class FIBERFineConfig(PreTrainedConfig):
         head_channels: C, of the pyramid and the head.
         head_blocks: of DyHead.
         anchor_scale: side of the anchor at each place, in strides of its level.
+        log_scale_init: s, before training.
         image_size, longer_size: pixels; the shorter side of an image is made `image_size`, unless the longer one
             would pass `longer_size`.
         lr_factor: by which the fusions learn faster than the rest.
@@ -61,6 +62,7 @@ class FIBERFineConfig(PreTrainedConfig):
         head_channels: int = 256,
         head_blocks: int = 6,
         anchor_scale: float = 8.0,
+        log_scale_init: float = 0.0,
         image_size: int = 800,
         longer_size: int = 1333,
         lr_factor: float = 5.0,
@@ -75,6 +77,7 @@ class FIBERFineConfig(PreTrainedConfig):
         self.head_channels = head_channels
         self.head_blocks = head_blocks
         self.anchor_scale = anchor_scale
+        self.log_scale_init = log_scale_init
         self.image_size, self.longer_size = image_size, longer_size
         self.lr_factor = lr_factor
         self.image_mean, self.image_std = list(image_mean), list(image_std)
@@ -120,6 +123,10 @@ class FIBERFineOptions(TowerOptions):
     anchor_scale: float = field(
         default=4.0, metadata={"help": "Side of the anchor at each place, in strides; the paper's is 8."}
     )
+    log_scale: float = field(
+        default=-2.0,
+        metadata={"help": "s before training; the paper's is 0, with which a small model is slow to tell names apart."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,7 +139,9 @@ class FIBERFineOptions(TowerOptions):
         super().check()
         if (self.pretrained and not self.is_coarse()) or self.config:
             made = "--pretrained" if self.pretrained else "--config"
-            self.refuse(("head_width", "head_blocks", "anchor_scale"), f"{made}, which says how the head is made")
+            self.refuse(
+                ("head_width", "head_blocks", "anchor_scale", "log_scale"), f"{made}, which says how the head is made"
+            )
 
     def is_coarse(self) -> bool:
         """Whether --pretrained names a checkpoint without a fine stage's head."""
