@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from command_line import PAIRS, assert_same_run, command, logged, run, start, write_pairs
+from command_line import PAIRS, assert_same_run, command, logged, run, run_on_two, write_pairs
 from safetensors.torch import load_file
 
 from vlmfast.cli import main
@@ -41,7 +41,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def trained(arguments: list[str]) -> Path:
-    done = (run if arguments[1:3] == ["-m", "vlmfast"] else start)(arguments)
+    done = run(arguments)
     assert done.returncode == 0, done.stderr
     return Path(arguments[arguments.index("--output-dir") + 1])
 
@@ -100,10 +100,9 @@ def test_lit_locks_its_tower_and_reads_the_cache(data: Path, towers: list[str], 
     assert json.loads((one / "config.json").read_text())["image_mean"] == [0.5, 0.4, 0.3]
     assert evaluated(one, data)["num_pairs"] == PAIRS
 
-    of_two = ["--per-device-train-batch-size=4", "--ddp-backend=gloo"]
-    halves = command(data, tmp_path / "two", f"{features}-of-two", *of_two, **lit)
-    two = trained([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *halves[1:]])
-    assert logged(two) == pytest.approx(logged(one), rel=1e-4)
+    of_two = ["--per-device-train-batch-size=4", "--ddp-backend=gloo", "--dataloader-num-workers=0"]
+    run_on_two(command(data, tmp_path / "two", f"{features}-of-two", *of_two, **lit))
+    assert logged(tmp_path / "two") == pytest.approx(logged(one), rel=1e-4)
 
     again = command(data, tmp_path / "again", features, **lit)
     assert_same_run(trained(again), one)  # reads what the first run wrote

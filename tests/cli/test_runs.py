@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import PAIRS, STEPS, assert_same_run, command, logged, run, start, write_pairs
+from command_line import PAIRS, STEPS, assert_same_run, command, logged, run, run_on_two, start, write_pairs
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -57,7 +57,7 @@ def test_killed_in_mid_step_and_resumed(data: Path, finished: Path, tmp_path: Pa
     assert other.returncode == 1
     assert "seed was 42 and is 7" in other.stderr
 
-    resumed = start(command(data, tmp_path, "--resume"))
+    resumed = run(command(data, tmp_path, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
     assert_same_run(tmp_path, finished)
@@ -165,18 +165,19 @@ def test_a_run_that_diverges_says_so(data: Path, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def torchrun(data: Path, output_dir: Path, *extra: str) -> list[str]:
-    """Two processes on gloo with half the batch each."""
-    halves = ["--per-device-train-batch-size=4", "--ddp-backend=gloo", "--cache-chunk=2"]
-    arguments = command(data, output_dir, *halves, *extra)
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments[1:]]
+def halves(data: Path, output_dir: Path, *extra: str) -> list[str]:
+    """Of one of two processes on gloo with half the batch each."""
+    options = ["--per-device-train-batch-size=4", "--ddp-backend=gloo", "--cache-chunk=2"]
+    return command(data, output_dir, *options, *extra)
 
 
 def test_two_processes_equal_one(data: Path, finished: Path, tmp_path: Path) -> None:
     """The same global batches, so the same losses up to rounding; also when the scheduler stops torchrun halfway."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.Popen(
-        torchrun(data, tmp_path, "--save-steps=1000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*torchrun, *halves(data, tmp_path, "--save-steps=1000")[1:]],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     for line in process.stderr:
         if f"2/{STEPS}" in line:
             break
@@ -186,9 +187,8 @@ def test_two_processes_equal_one(data: Path, finished: Path, tmp_path: Path) -> 
     assert stopped is not None
     assert stopped.name != f"checkpoint-{STEPS}"
 
-    done = start(torchrun(data, tmp_path, "--save-steps=1000", "--resume"))
-    assert done.returncode == 0, done.stderr
-    assert f"resuming from {stopped}" in done.stdout
+    printed = run_on_two(halves(data, tmp_path, "--save-steps=1000", "--resume"))
+    assert f"resuming from {stopped}" in printed
     assert logged(tmp_path) == pytest.approx(logged(finished), rel=1e-4)
 
 

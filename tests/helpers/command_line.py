@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 from PIL import Image
+from processes import run_processes
 from safetensors.torch import load_file
 
 from vlmfast.cli import main
@@ -62,6 +65,22 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     with redirect_stdout(out), redirect_stderr(err):
         code = main(arguments[3:])
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def _on_a_rank(rank: int, world_size: int, arguments: list[str], folder: str) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    done = run(arguments)
+    if rank == 0:
+        Path(folder, "out").write_text(done.stdout)
+    assert done.returncode == 0, done.stderr
+
+
+def run_on_two(arguments: list[str]) -> str:
+    """What rank 0 prints where torchrun would have started two processes; these are forked and import nothing again."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_processes(_on_a_rank, 2, arguments, folder)
+        return Path(folder, "out").read_text()
 
 
 def start(arguments: list[str]) -> subprocess.CompletedProcess[str]:
