@@ -1,4 +1,4 @@
-"""Installation without a compiler, and the instruction sets of the one build."""
+"""Installation without a compiler, and what a distribution holds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from vlmfast.ops._dispatch import core
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +38,14 @@ def install(checkout: Path, target: Path, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def installed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout, installed without the extension as asked for."""
+    folder = tmp_path_factory.mktemp("installed")
+    install(checkout, folder, VLMFAST_NO_EXT="1")
+    return folder
+
+
 # The finder of an editable install would answer for the extension that this copy lacks.
 USE = """
 import sys
@@ -58,30 +64,31 @@ print(vlmfast.explain("info_nce", x, x, 2.0))
 
 
 @pytest.mark.parametrize("how", ["asked for", "no tools"])
-def test_without_the_extension_it_runs_on_torch_and_says_so_once(checkout: Path, tmp_path: Path, how: str) -> None:
-    if how == "asked for":
-        install(checkout, tmp_path, VLMFAST_NO_EXT="1")
-    else:
-        log = install(checkout, tmp_path, PATH="")
+def test_without_the_extension_it_runs_on_torch_and_says_so_once(
+    checkout: Path, installed: Path, tmp_path: Path, how: str
+) -> None:
+    folder = installed
+    if how == "no tools":
+        folder = tmp_path
+        log = install(checkout, folder, PATH="")
         assert "the C++ core is not built, vlmfast will run on PyTorch ops" in log
-    assert not list((tmp_path / "vlmfast").glob("_C*"))
+    assert not list((folder / "vlmfast").glob("_C*"))
     done = subprocess.run(
-        [sys.executable, "-c", USE], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        [sys.executable, "-c", USE], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(folder)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     where, warning, reasons = done.stdout.splitlines()
-    assert where == str(tmp_path / "vlmfast")
+    assert where == str(folder / "vlmfast")
     assert warning.startswith("1 vlmfast.info_nce runs on PyTorch ops (cpu: the C++ extension vlmfast._C was not built")
     assert "triton: the tensors are on cpu; cuda: the tensors are on cpu" in warning
     assert "'torch': None" in reasons
 
 
-def test_the_package_holds_its_data(checkout: Path, tmp_path: Path) -> None:
-    install(checkout, tmp_path, VLMFAST_NO_EXT="1")
-    assert (tmp_path / "vlmfast" / "py.typed").exists()
-    assert (tmp_path / "vlmfast" / "data" / "tokenizer" / "tokenizer.json").exists()
-    packaged = {str(p.relative_to(tmp_path)) for p in (tmp_path / "vlmfast").rglob("*.py")}
+def test_the_package_holds_its_data(checkout: Path, installed: Path) -> None:
+    assert (installed / "vlmfast" / "py.typed").exists()
+    assert (installed / "vlmfast" / "data" / "tokenizer" / "tokenizer.json").exists()
+    packaged = {str(p.relative_to(installed)) for p in (installed / "vlmfast").rglob("*.py")}
     kernels = {f"vlmfast/kernels/{p.name}" for p in (checkout / "kernels" / "triton").glob("*.py")}
     assert kernels
     assert packaged == kernels | {str(p.relative_to(checkout)) for p in (checkout / "vlmfast").rglob("*.py")}
@@ -99,7 +106,9 @@ def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / archive.name.removesuffix(".tar.gz")
 
 
-def test_the_source_distribution_holds_what_a_build_reads(checkout: Path, sdist: Path, tmp_path: Path) -> None:
+def test_the_source_distribution_holds_what_a_build_reads(
+    checkout: Path, sdist: Path, installed: Path, tmp_path: Path
+) -> None:
     folders = [checkout / name for name in ("csrc", "kernels", "vlmfast")]
     needed = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     needed += [checkout / name for name in ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py")]
@@ -108,13 +117,12 @@ def test_the_source_distribution_holds_what_a_build_reads(checkout: Path, sdist:
         assert copied.exists(), copied
         assert copied.read_bytes() == path.read_bytes()
     assert not list(sdist.rglob("*.so"))
-    for folder, source in (("of the sdist", sdist), ("of the checkout", checkout)):
-        install(source, tmp_path / folder, VLMFAST_NO_EXT="1")
-    installed = [
-        {path.relative_to(tmp_path / folder) for path in (tmp_path / folder).rglob("*") if path.suffix != ".pyc"}
-        for folder in ("of the sdist", "of the checkout")
+    install(sdist, tmp_path, VLMFAST_NO_EXT="1")
+    found = [
+        {path.relative_to(folder) for path in folder.rglob("*") if path.suffix != ".pyc"}
+        for folder in (tmp_path, installed)
     ]
-    assert installed[0] == installed[1]
+    assert found[0] == found[1]
 
 
 FRESH = """
@@ -170,36 +178,6 @@ def test_the_wheel_works_in_a_fresh_environment(checkout: Path, tmp_path: Path) 
 def test_a_required_extension_that_cannot_be_built_is_an_error(checkout: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"the C\+\+ core was not built"):
         install(checkout, tmp_path, PATH="", VLMFAST_REQUIRE_EXT="1")
-
-
-SUPPORTED = {"default": "baseline", "avx2": "avx2", "avx512": "avx512"}
-LEVELS = ["DEFAULT", "AVX2", "AVX512"]
-
-ISA = """
-import torch
-from torch.nn import functional as F
-from vlmfast import _C
-from vlmfast.ops.info_nce import info_nce, reference
-torch.manual_seed(0)
-x, y = (F.normalize(torch.randn(300, 70), dim=1).requires_grad_() for _ in range(2))
-s = torch.tensor(60.0, requires_grad=True)
-for recompute in (False, True):
-    ours = torch.autograd.grad(info_nce(x, y, s, recompute=recompute), (x, y, s))
-    exact = torch.autograd.grad(reference(x.double(), y.double(), s.double()), (x, y, s))
-    for a, b in zip(ours, exact):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-print(_C.build_info()["cpu_isa"])
-"""
-
-
-@pytest.mark.skipif(core is None, reason="the C++ extension was not built")
-@pytest.mark.parametrize("capability", list(SUPPORTED))
-def test_every_instruction_set_of_the_one_build(run_python, capability: str) -> None:
-    highest = torch.backends.cpu.get_cpu_capability().removesuffix("_AMX")
-    if highest in LEVELS and capability.upper() in LEVELS[LEVELS.index(highest) + 1 :]:
-        pytest.skip(f"this processor has no {capability}; tests/kernels/test_simd.py runs its vector width without it")
-    used = run_python(ISA, ATEN_CPU_CAPABILITY=capability).strip()
-    assert used == (SUPPORTED[capability] if highest in LEVELS else "baseline")
 
 
 def test_nothing_asks_what_the_build_host_can_do() -> None:

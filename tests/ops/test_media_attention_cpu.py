@@ -26,38 +26,6 @@ def test_the_number_of_threads_changes_nothing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-ISA = """
-import sys
-sys.path.insert(0, {tests!r})
-import media, torch
-from vlmfast.ops import gated_residual, media_attention
-from vlmfast.ops._dispatch import core
-from vlmfast.ops.gated_residual import reference as gated
-from vlmfast.ops.media_attention import reference
-torch.manual_seed(0)
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for queries in (1, 70):
-        options = media.any_media(2, queries, 3) | {{"media_len": torch.randint(0, 31, (2, 3))}}
-        for empty in ("zero", "all"):
-            media.check(media_attention, reference, media.qkv(2, 4, 2, queries, 90, 40, 27), dtype,
-                        tokens_per_media=30, empty=empty, **options)
-    x, h, g = torch.randn(9, 43).to(dtype), torch.randn(9, 43).to(dtype), torch.randn(43)
-    want = gated(x.double(), h.double(), g.double())
-    torch.testing.assert_close(gated_residual(x, h, g).double(), want, rtol=torch.finfo(dtype).eps, atol=1e-6)
-print(core.build_info()["cpu_isa"])
-"""
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_instruction_sets(run_python, capability: str) -> None:
-    """What torch is told to use decides the kernels; a narrower set than the processor's own gives the same results."""
-    from pathlib import Path
-
-    program = ISA.format(tests=str(Path(__file__).parents[1] / "helpers"))
-    used = run_python(program, ATEN_CPU_CAPABILITY=capability, VLMFAST_BACKEND="cpu").strip()
-    assert used == "baseline" if capability == "default" else used in ("avx2", "baseline")
-
-
 def test_memory_does_not_grow_with_the_media_not_seen(run_python) -> None:
     """L = 4096, 64 media of 64 tokens, 8 heads: 45 MB beyond the inputs, where the scores alone take 537 MB."""
     peak = run_python(

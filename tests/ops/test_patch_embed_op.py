@@ -193,43 +193,6 @@ def test_a_second_derivative_raises(backend: str) -> None:
 
 
 @pytest.mark.skipif(core is None, reason="the C++ core was not built")
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
-def test_every_instruction_set(run_python, isa: str) -> None:
-    """Against float64, with and without bfloat16 products, patches of a width that no vector divides."""
-    if isa == "avx512" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        pytest.skip("this processor has no avx512; tests/kernels/test_simd.py runs its vector width without it")
-    out = run_python(
-        """
-        import torch
-        from vlmfast.ops import patch_embed
-        from vlmfast.ops._dispatch import core
-        from vlmfast.ops.patch_embed import reference
-        torch.manual_seed(0)
-        for schedule in ("", "bfloat16", "brgemm"):
-            core.force_schedule(schedule)
-            for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
-                for layout, shape in (("NHWC", (3, 27, 40, 3)), ("NCHW", (3, 3, 27, 40))):
-                    for pixels in (torch.randint(0, 256, shape).byte(), torch.randn(shape).to(dtype)):
-                        weight, bias = (torch.randn(130, 3, 14, 7) / 17).to(dtype), torch.randn(130).to(dtype)
-                        results = []
-                        for op, kind in ((patch_embed, dtype), (reference, torch.float64)):
-                            leaves = [t.to(kind).requires_grad_() for t in (weight, bias)]
-                            x = pixels if pixels.dtype == torch.uint8 else pixels.to(kind)
-                            tokens = op(x, *leaves, layout=layout, pad=True, mean=(0.4,) * 3, std=(0.3,) * 3)
-                            cotangent = torch.arange(tokens.numel()).view_as(tokens).remainder(11).to(kind) - 4
-                            results.append([tokens, *torch.autograd.grad(tokens, leaves, cotangent)])
-                        for ours, exact in zip(*results):
-                            error = (ours.double() - exact).abs().max() / exact.abs().max()
-                            assert error < bound, (schedule, dtype, layout, pixels.dtype, error)
-        print(core.build_info()["cpu_isa"])
-        """,
-        VLMFAST_BACKEND="cpu",
-        ATEN_CPU_CAPABILITY=isa,
-    ).split()[-1]
-    assert out in {"default": ["baseline"], "avx2": ["avx2"], "avx512": ["avx512"]}[isa]
-
-
-@pytest.mark.skipif(core is None, reason="the C++ core was not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_threads_than_splits_of_the_sum(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Beyond eight threads shares of the gradient's rows are split too; the gradient is that of one thread."""
