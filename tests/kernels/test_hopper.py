@@ -8,6 +8,7 @@ import pytest
 import torch
 from backends import use_backend
 from contrastive import check_info_nce, pairs
+from grids import pairwise
 from numerics import assert_as_exact_as_eager
 from torch import Tensor
 
@@ -34,20 +35,21 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "CHUNK", 128)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [40, 37])
-@pytest.mark.parametrize(
-    "options", [{}, {"recompute": False}, {"bidirectional": False}, {"exclude_positive": True}, {"groups": True}]
-)
-def test_info_nce(dtype: torch.dtype, dim: int, options: dict[str, object]) -> None:
-    """Several chunks both ways, ragged; rows of features that are no multiple of 16 bytes."""
+OPTIONS = [{}, {"recompute": False}, {"bidirectional": False}, {"exclude_positive": True}, {"groups": True}]
+
+
+@pytest.mark.parametrize(("options", "dtype", "dim", "scale"), pairwise(OPTIONS, DTYPES, [40, 37], [20.0, 400.0]))
+def test_info_nce(options: dict[str, object], dtype: torch.dtype, dim: int, scale: float) -> None:
+    """Several chunks both ways, ragged; rows of features that are no multiple of 16 bytes.
+
+    A scale of 400 with running maxima.
+    """
     image, text = pairs(300, dim)
     options, recompute = dict(options), options.get("recompute", True)
     options.pop("recompute", None)
     if options.pop("groups", False):
         options["groups"] = (torch.randint(40, (300,)), torch.randint(40, (300,)))
-    for scale in (20.0, 400.0):  # the latter with running maxima
-        check_info_nce(image, text, scale, dtype, recompute=recompute, **options)
+    check_info_nce(image, text, scale, dtype, recompute=recompute, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

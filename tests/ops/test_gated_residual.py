@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from backends import use_backend
+from grids import by_backend, pairwise
 from media import ROUNDING
 from numerics import assert_as_exact_as_eager, loss_and_gradients
 from torch import Tensor
@@ -28,10 +30,14 @@ def weighted(function, **options: object):
     return lambda r, h, g, w: (function(r, h, g, **options) * w).sum(dtype=torch.promote_types(w.dtype, torch.float32))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["tanh", "identity"])
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 5, 64), (130, 15), (2, 70, 588)])
+GRID = [(1, 1), (3, 17), (2, 5, 64), (130, 15), (2, 70, 588)], [False, True], ["tanh", "identity"], DTYPES
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape", "per_channel", "activation", "dtype"),
+    by_backend(IMPLS, itertools.product(*GRID), pairwise(*GRID)),
+    indirect=["backend"],
+)
 def test_against_float64(backend: str, shape: tuple, per_channel: bool, activation: str, dtype: torch.dtype) -> None:
     residual, hidden, weights = (torch.randn(shape).to(dtype) for _ in range(3))
     gate = torch.randn(shape[-1] if per_channel else 1).to(dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from backends import use_backend
 from contrastive import check_info_nce, pairs, unit
+from grids import pairwise
 from numerics import loss_and_gradients
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,11 +20,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def check(image: Tensor, text: Tensor, scale: float, dtype: torch.dtype = torch.float32, **options: object) -> None:
-    for recompute in (False, True):
-        check_info_nce(image, text, scale, dtype, recompute=recompute, **options)
-
-
 def groups(rows: int, columns: int, kinds: int = 12, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
     """Ids of either sign; some rows and some columns have no partner."""
     row_ids, col_ids = torch.randint(-kinds, kinds, (rows,)), torch.randint(-kinds, kinds, (columns,))
@@ -31,41 +27,44 @@ def groups(rows: int, columns: int, kinds: int = 12, dtype: torch.dtype = torch.
     return row_ids.to(dtype), col_ids.to(dtype)
 
 
+N, M = 130, 200  # two blocks of rows and two or more of columns, each with one that is not full
 VARIANTS = {
     "smoothing": lambda: {"label_smoothing": 0.1},
     "smoothing of rows with a mask": lambda: {
-        "label_smoothing": 0.3, "bidirectional": False, "label_offset": 7, "row_mask": torch.rand(200) < 0.5,
+        "label_smoothing": 0.3, "bidirectional": False, "label_offset": 7, "row_mask": torch.rand(N) < 0.5,
     },
     "all smooth": lambda: {"label_smoothing": 1.0},
     "no positive below": lambda: {"exclude_positive": True},
-    "no positive below, rows": lambda: {"exclude_positive": True, "bidirectional": False, "label_offset": 100},
-    "mask": lambda: {"row_mask": torch.rand(200) < 0.3},
-    "mask of rows": lambda: {"row_mask": torch.rand(200) < 0.3, "bidirectional": False, "label_offset": 3},
-    "mask and no positive below": lambda: {"row_mask": torch.rand(200) < 0.7, "exclude_positive": True},
-    "groups": lambda: {"groups": groups(200, 300)},
-    "groups of rows": lambda: {"groups": groups(200, 300, dtype=torch.int32), "bidirectional": False},
+    "no positive below, rows": lambda: {"exclude_positive": True, "bidirectional": False, "label_offset": M - N},
+    "mask": lambda: {"row_mask": torch.rand(N) < 0.3},
+    "mask of rows": lambda: {"row_mask": torch.rand(N) < 0.3, "bidirectional": False, "label_offset": 3},
+    "mask and no positive below": lambda: {"row_mask": torch.rand(N) < 0.7, "exclude_positive": True},
+    "groups": lambda: {"groups": groups(N, M)},
+    "groups of rows": lambda: {"groups": groups(N, M, dtype=torch.int32), "bidirectional": False},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_variants(backend: str, variant: str, dtype: torch.dtype) -> None:
-    check(unit(200, 64), unit(300, 64), 30.0, dtype, **VARIANTS[variant]())
+@pytest.mark.parametrize(
+    ("variant", "dtype", "recompute"),
+    pairwise(list(VARIANTS), [torch.float32, torch.bfloat16, torch.float16], [False, True]),
+)
+def test_variants(backend: str, variant: str, dtype: torch.dtype, recompute: bool) -> None:
+    check_info_nce(unit(N, 64), unit(M, 64), 30.0, dtype, recompute=recompute, **VARIANTS[variant]())
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
-def test_saturated_variants(backend: str, variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "recompute", "features"), pairwise(list(VARIANTS), [False, True], ["saturated", "large norms"])
+)
+def test_variants_of_other_features(backend: str, variant: str, recompute: bool, features: str) -> None:
+    """Large norms: one shift for all would overflow, and the sums take running maxima."""
     options = VARIANTS[variant]()
-    image, text = unit(200, 64), unit(300, 64)
-    offset = options.get("label_offset", 0)
-    text[offset : offset + 200] = F.normalize(image + 0.5 * text[offset : offset + 200], dim=1)
-    check(image, text, 100.0, **options)
-
-
-@pytest.mark.parametrize("variant", list(VARIANTS))
-def test_variants_of_large_norms(backend: str, variant: str) -> None:
-    """One shift for all would overflow: the sums take running maxima."""
-    check(4 * unit(200, 64), 3 * unit(300, 64), 60.0, **VARIANTS[variant]())
+    image, text, scale = unit(N, 64), unit(M, 64), 100.0
+    if features == "large norms":
+        image, text, scale = 4 * image, 3 * text, 60.0
+    else:
+        positives = slice(options.get("label_offset", 0), options.get("label_offset", 0) + N)
+        text[positives] = F.normalize(image + 0.5 * text[positives], dim=1)
+    check_info_nce(image, text, scale, recompute=recompute, **options)
 
 
 def against(oracle, image: Tensor, text: Tensor, scale: float, **options: object) -> None:
@@ -158,7 +157,7 @@ def test_nothing_to_learn_is_zero(backend: str, options: dict[str, object]) -> N
 @pytest.mark.parametrize("variant", ["smoothing", "no positive below", "groups"])
 def test_odd_scales(backend: str, variant: str, scale: float) -> None:
     options = VARIANTS[variant]()
-    inputs = (unit(200, 16), unit(300, 16), torch.tensor(scale, dtype=torch.float64))
+    inputs = (unit(N, 16), unit(M, 16), torch.tensor(scale, dtype=torch.float64))
     exact = loss_and_gradients(lambda *t: reference(*t, **options), inputs)
     ours = loss_and_gradients(lambda *t: info_nce(*t, **options), inputs, [torch.float32] * 3)
     for got, want in zip(ours, exact, strict=True):

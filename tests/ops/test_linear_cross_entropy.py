@@ -6,6 +6,7 @@ import pytest
 import torch
 from backends import use_backend
 from contrastive import rounding_of_dots
+from grids import by_backend, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from language import check, words
@@ -45,18 +46,22 @@ def test_gradcheck_of_the_reference() -> None:
     assert torch.autograd.gradcheck(lambda x, w, b: reference(x, w, labels, bias=b, label_smoothing=0.1), inputs)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+SIZES = [
+    (1, 64, 300), (2, 1, 2), (7, 3, 1), (127, 3, 191), (128, 64, 192), (129, 588, 193), (257, 113, 130),
+    (300, 32, 1009), (66, 80, 385),
+]  # fmt: skip
+# A block that is hardly begun beside a full one shows in its interpreter what more would.
+OF_TRITON = [(1, 64, 300), (2, 1, 2), (7, 3, 1), (127, 3, 191), (128, 64, 192), (129, 100, 193), (66, 80, 385)]
+KINDS = [torch.float32, torch.bfloat16, torch.float16], [False, True]
+
+
 @pytest.mark.parametrize(
-    ("rows", "dim", "vocabulary"),
-    [
-        (1, 64, 300), (2, 1, 2), (7, 3, 1), (127, 3, 191), (128, 64, 192), (129, 588, 193), (257, 113, 130),
-        (300, 32, 1009), (66, 80, 385),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_shapes_and_dtypes(
-    backend: str, rows: int, dim: int, vocabulary: int, dtype: torch.dtype, recompute: bool
-) -> None:
+    ("backend", "size", "dtype", "recompute"),
+    by_backend(IMPLS, pairwise(SIZES, *KINDS), pairwise(OF_TRITON, *KINDS)),
+    indirect=["backend"],
+)
+def test_shapes_and_dtypes(backend: str, size: tuple[int, int, int], dtype: torch.dtype, recompute: bool) -> None:
+    rows, dim, vocabulary = size
     hidden, weight, labels = words(rows, dim, vocabulary)
     bias = torch.randn(vocabulary, dtype=torch.float64) if rows % 2 else None
     check(hidden, weight, labels, bias, dtype, recompute=recompute, dots=rounding_of_dots(backend, dtype))
@@ -199,12 +204,12 @@ def test_a_tied_weight_used_twice(backend: str) -> None:
 
 @pytest.mark.parametrize("name", list(IMPLS))
 def test_properties(name: str) -> None:
-    examples = 6 if name == "triton" else 15  # its interpreter is slow
+    examples, most = (3, 200) if name == "triton" else (15, 400)  # its interpreter is slow
     check = settings(max_examples=examples, deadline=None)(
         given(
             rows=st.integers(1, 150),
             dim=st.integers(1, 40),
-            vocabulary=st.integers(1, 400),
+            vocabulary=st.integers(1, most),
             size=st.floats(0.01, 100),
             seed=st.integers(0, 1000),
         )(_properties)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import media
 import pytest
 import torch
 from backends import use_backend
+from grids import by_backend, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from media import any_media, heads, last_media, qkv, with_weights
@@ -33,9 +35,21 @@ def results(inputs: tuple[Tensor, ...], **options: object) -> list[Tensor]:
     return loss_and_gradients(with_weights(media_attention, **options), inputs)[1:]
 
 
-@pytest.mark.parametrize("queries", [1, 4, 5, 63, 64, 65, 130])
-@pytest.mark.parametrize(("tokens", "number"), [(64, 3), (65, 2), (7, 5), (1, 4), (130, 1)])
-def test_shapes(backend: str, queries: int, tokens: int, number: int) -> None:
+QUERIES, MEDIA = (1, 4, 5, 63, 64, 65, 130), ((64, 3), (65, 2), (7, 5), (1, 4), (130, 1))
+
+
+@pytest.mark.parametrize(
+    ("backend", "queries", "media"),
+    by_backend(
+        IMPLS,
+        itertools.product(QUERIES, MEDIA),
+        # Every number of queries twice, every kind of media.
+        [(queries, MEDIA[(i + j) % 5]) for i, queries in enumerate(QUERIES) for j in (0, 2)],
+    ),
+    indirect=["backend"],
+)
+def test_shapes(backend: str, queries: int, media: tuple[int, int]) -> None:
+    tokens, number = media
     options = last_media(2, queries, min(number, queries)) | {"tokens_per_media": tokens}
     check(qkv(2, 2, 2, queries, tokens * number, 32), **options)
 
@@ -43,22 +57,35 @@ def test_shapes(backend: str, queries: int, tokens: int, number: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("dim", "v_dim", "group"), [(32, 32, 1), (64, 64, 2), (96, 32, 1), (128, 128, 4), (40, 72, 1)])
 def test_dims_dtypes_and_groups(backend: str, dtype: torch.dtype, dim: int, v_dim: int, group: int) -> None:
-    inputs = qkv(2, 4, 4 // group, 70, 3 * 33, dim, v_dim)
-    check(inputs, dtype, tokens_per_media=33, **any_media(2, 70, 3))
+    batch = 1 if backend == "triton" else 2
+    inputs = qkv(batch, 4, 4 // group, 70, 3 * 33, dim, v_dim)
+    check(inputs, dtype, tokens_per_media=33, **any_media(batch, 70, 3))
 
 
-@pytest.mark.parametrize("empty", ["zero", "all"])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("tokens", [64, 20])
+@pytest.mark.parametrize(
+    ("backend", "empty", "with_bias", "tokens"),
+    by_backend(
+        IMPLS,
+        itertools.product(["zero", "all"], [False, True], [64, 20]),
+        pairwise(["zero", "all"], [False, True], [64, 20]),
+    ),
+    indirect=["backend"],
+)
 def test_ragged_media(backend: str, empty: str, with_bias: bool, tokens: int) -> None:
-    inputs = qkv(3, 2, 1, 100, 5 * tokens, 32)
-    lengths = torch.randint(0, tokens + 1, (3, 5))
+    number, queries = (3, 70) if backend == "triton" else (5, 100)
+    inputs = qkv(3, 2, 1, queries, number * tokens, 32)
+    lengths = torch.randint(0, tokens + 1, (3, number))
     lengths[:, 1], lengths[2] = 0, 0
-    bias = torch.randn(3, 5 * tokens).masked_fill(torch.rand(3, 5 * tokens) < 0.3, -math.inf) if with_bias else None
+    keys = 3, number * tokens
+    bias = torch.randn(keys).masked_fill(torch.rand(keys) < 0.3, -math.inf) if with_bias else None
     if with_bias:
         bias[:, :3] = 1.0  # no row of the reference is left without a key by biases alone
         lengths[:2, 0] = tokens
-    for intervals in (any_media(3, 100, 5), last_media(3, 100, 5), {"media_lo": None, "media_hi": None}):
+    for intervals in (
+        any_media(3, queries, number),
+        last_media(3, queries, number),
+        {"media_lo": None, "media_hi": None},
+    ):
         if with_bias and intervals["media_lo"] is not None:
             intervals["media_lo"] = torch.ones_like(intervals["media_lo"])
         check(inputs, tokens_per_media=tokens, media_len=lengths, key_bias=bias, empty=empty, **intervals)
@@ -80,12 +107,12 @@ def test_one_sided_intervals(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides(backend: str, dtype: torch.dtype) -> None:
     """Packed keys and values, rows of queries apart, heads of keys expanded, dims not last in memory."""
-    packed = torch.randn(2, 48, 2, 4, 32).to(dtype)
+    packed = torch.randn(2, 48, 2, 2, 32).to(dtype)
     k, v = packed.permute(2, 0, 3, 1, 4)
-    q = torch.randn(2, 4, 60, 32).to(dtype)[:, :, ::2]
-    shared = torch.randn(2, 1, 48, 32).to(dtype).expand(2, 4, 48, 32)
-    turned = torch.randn(2, 4, 32, 48).to(dtype).transpose(2, 3)
-    weights = torch.randn(2, 4, 30, 32).to(dtype)
+    q = torch.randn(2, 2, 60, 32).to(dtype)[:, :, ::2]
+    shared = torch.randn(2, 1, 48, 32).to(dtype).expand(2, 2, 48, 32)
+    turned = torch.randn(2, 2, 32, 48).to(dtype).transpose(2, 3)
+    weights = torch.randn(2, 2, 30, 32).to(dtype)
     options = any_media(2, 30, 3) | {"tokens_per_media": 16}
     for inputs in ((q, k, v), (q, shared, shared), (q, turned, v), (turned, k, turned)):
         size = inputs[0].shape[2]
@@ -200,23 +227,23 @@ def test_rows_that_do_not_see_a_medium_do_not_change(backend: str) -> None:
     assert torch.equal(same, options["media_lo"] != 2)
 
 
-CASES = given(
+@settings(max_examples=15, deadline=None)
+@given(
     queries=st.integers(1, 140), number=st.integers(1, 6), tokens=st.integers(1, 70), group=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )  # fmt: skip
-
-
-@settings(max_examples=15, deadline=None)
-@CASES
 @pytest.mark.parametrize("name", [name for name in IMPLS if name != "triton"])
 def test_properties(name: str, queries: int, number: int, tokens: int, group: int, seed: int) -> None:
     check_properties(name, queries, number, tokens, group, seed)
 
 
 @settings(max_examples=3, deadline=None)
-@CASES
+@given(
+    queries=st.integers(1, 70), number=st.integers(1, 4), tokens=st.integers(1, 40), group=st.integers(1, 2),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
 def test_properties_of_triton(queries: int, number: int, tokens: int, group: int, seed: int) -> None:
-    """Fewer examples: the interpreter is slow."""
+    """Fewer examples, and smaller: the interpreter is slow, and its tiles are of 32 rows and keys."""
     check_properties("triton", queries, number, tokens, group, seed)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from backends import use_backend
+from grids import by_backend, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_exact_as_eager, loss_and_gradients
@@ -96,19 +98,21 @@ def test_dtypes_and_layouts(backend: str, layout: str, kind: torch.dtype, dtype:
     check(given, inputs, dtype, pixel_grad=kind == dtype, layout=layout)
 
 
+SIZES = [
+    ((1, 1), (3, 5), 3, 1), ((2, 2), (1, 1), 1, 3), ((14, 14), (2, 3), 3, 64), ((15, 10), (2, 2), 3, 129),
+    ((16, 16), (2, 1), 4, 7), ((32, 32), (1, 2), 3, 5), ((2, 1), (7, 9), 3, 65), ((1, 2), (8, 8), 3, 128),
+    ((3, 2), (5, 13), 2, 127),
+]  # fmt: skip
+HALF = [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize(
-    ("patch", "grid", "channels", "embed"),
-    [
-        ((1, 1), (3, 5), 3, 1), ((2, 2), (1, 1), 1, 3), ((14, 14), (2, 3), 3, 64), ((15, 10), (2, 2), 3, 129),
-        ((16, 16), (2, 1), 4, 7), ((32, 32), (1, 2), 3, 5), ((2, 1), (7, 9), 3, 65), ((1, 2), (8, 8), 3, 128),
-        ((3, 2), (5, 13), 2, 127),
-    ],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sizes(
-    backend: str, patch: tuple[int, int], grid: tuple[int, int], channels: int, embed: int, dtype: torch.dtype
-) -> None:
+    ("backend", "size", "dtype"),
+    by_backend(IMPLS, itertools.product(SIZES, HALF), [(size, HALF[index % 2]) for index, size in enumerate(SIZES)]),
+    indirect=["backend"],
+)
+def test_sizes(backend: str, size: tuple[tuple[int, int], tuple[int, int], int, int], dtype: torch.dtype) -> None:
+    patch, grid, channels, embed = size
     pixels = images(2, channels, patch[0] * grid[0], patch[1] * grid[1])
     check(pixels, parameters(pixels, embed, patch), dtype, mean=MEAN[:1] * channels, std=STD[:1] * channels)
 
@@ -166,9 +170,7 @@ def test_keep(backend: str, kept: str, dtype: torch.dtype, per_image: bool) -> N
     check(pixels, {"weight": inputs["weight"]}, dtype, keep=keep)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prefix", [1, 2])
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(("dtype", "prefix", "kept"), pairwise(HALF, [1, 2], [False, True]))
 def test_positions_in_a_large_batch(backend: str, kept: bool, prefix: int, dtype: torch.dtype) -> None:
     """Each of two threads has some of the positions; for the weight's gradient one image is half of each."""
     pixels = images(35, 3, 16, 12)

@@ -38,14 +38,17 @@ def check(
 @pytest.mark.parametrize(("rows", "dim"), [(1, 64), (2, 1), (191, 3), (192, 64), (193, 588), (127, 1152), (400, 129)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_shapes_and_dtypes(backend: str, rows: int, dim: int, dtype: torch.dtype) -> None:
+    if backend == "triton":  # a second block that is hardly begun shows in its interpreter what more would
+        rows, dim = min(rows, 130), min(dim, 100)
     check(*pairs(rows, dim), 10.0, -10.0, dtype)
 
 
 @pytest.mark.parametrize("bias", [-10.0, 0.0, 3.0])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0, 100.0, 1e3])
 def test_scales_and_biases(backend: str, scale: float, bias: float) -> None:
-    check(*pairs(260, 64), scale, bias)
-    check(*pairs(260, 64, noise=0.5), scale, bias)
+    rows = 66 if backend == "triton" else 260
+    check(*pairs(rows, 64), scale, bias)
+    check(*pairs(rows, 64, noise=0.5), scale, bias)
 
 
 def test_large_norms(backend: str) -> None:
@@ -89,10 +92,15 @@ def test_equals_open_clip_and_transformers(backend: str) -> None:
             torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
-@given(rows=st.integers(2, 250), dim=st.integers(1, 40), scale=st.floats(0.01, 120), seed=st.integers(0, 1000))
 @pytest.mark.parametrize("name", list(IMPLS))
-def test_properties(name: str, rows: int, dim: int, scale: float, seed: int) -> None:
+def test_properties(name: str) -> None:
+    examples, most = (3, 150) if name == "triton" else (20, 250)  # its interpreter is slow
+    limits = {"rows": st.integers(2, most), "dim": st.integers(1, 40), "scale": st.floats(0.01, 120)}
+    check = settings(max_examples=examples, deadline=None)(given(**limits, seed=st.integers(0, 1000))(_properties))
+    check(name=name)
+
+
+def _properties(name: str, rows: int, dim: int, scale: float, seed: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_backend(monkeypatch, IMPLS, name)
         torch.manual_seed(seed)
