@@ -212,3 +212,19 @@ def test_the_limit_is_stated_and_is_of_pixels(image_format, monkeypatch):
         16,
         16,
     )
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_fraction_of_a_jpeg_can_depend_on_its_upright_size(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encode(Image.new("RGB", (640, 320), (200, 30, 30)), "JPEG", exif=exif)
+    asked = []
+
+    def min_side(width, height):
+        asked.append((width, height))
+        return 160
+
+    upright = (640, 320) if orientation == 1 else (320, 640)
+    assert decode_image(data, min_side=min_side).size == tuple(side // 2 for side in upright)
+    assert asked == [upright]

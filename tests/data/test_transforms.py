@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from vlmfast.data import eval_transform, moco_transform, train_transform
+from vlmfast.data import eval_transform, moco_transform, train_transform, transforms
 from vlmfast.data.transforms import _jitter, _turn_hue
 
 
@@ -214,3 +214,27 @@ def test_hue_turns_round_the_circle():
     assert max(green[0], green[2]) < 10
     assert blue[2] == 255
     assert max(blue[0], blue[1]) < 10
+
+
+@pytest.mark.parametrize("size", [(400, 300), (333, 777), (224, 1), (31, 50)])
+@pytest.mark.parametrize("side", [224, 64])
+def test_train_is_within_a_level_of_pil(size, side):
+    """PIL's crop and bicubic resize, as torchvision has them too, in larger and in smaller images."""
+    image = random_image(*size)
+    for seed in range(3):
+        box = transforms._whole_pixels(train_transform(side)._crop(*size, *generator(seed).random(8)[:4]))
+        expected = np.asarray(image.crop(box).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
+        found = train_transform(side)(image, generator(seed)).numpy()
+        assert np.abs(found - expected).max() <= 1
+        flipped = train_transform(side, flip=1.0)(image, generator(seed)).numpy()
+        np.testing.assert_array_equal(flipped, found[:, ::-1])
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 1000))
+def test_the_side_asked_of_an_image_is_that_of_the_crop_that_comes(width, height, seed):
+    transform, drawn = train_transform(64), generator(seed)
+    side = transform.min_side_of(width, height, drawn)
+    left, top, right, bottom = transform._crop(width, height, *generator(seed).random(8)[:4])
+    scale = side / min(width, height)  # of the image when it is decoded
+    assert 64 - 1e-6 <= scale * min(right - left, bottom - top) <= 64 * (1 + 1 / max(1, side - 1)) + 1e-6
+    assert drawn.random() == generator(seed).random()

@@ -1,10 +1,11 @@
 """The map-style dataset over every source of samples."""
 
+import functools
 import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,12 +131,18 @@ class Recipe:
         if data is None:
             return "unreadable image"
         try:
-            image = decode_image(data, min_side=getattr(self.transform, "min_side", None))
+            image = decode_image(data, min_side=self._min_side(generator))
         except TooManyPixelsError:
             return "image of too many pixels"
         except ValueError:
             return "corrupt image"
         return self.transform(image, generator)
+
+    def _min_side(self, generator: np.random.Generator) -> int | Callable[[int, int], int] | None:
+        """What the transform says of the size at which an image may be decoded."""
+        if hasattr(self.transform, "min_side_of"):
+            return functools.partial(self.transform.min_side_of, generator=generator)
+        return getattr(self.transform, "min_side", None)
 
     def _images(
         self, pairs: Files, index: int, generator: np.random.Generator, record: dict[str, Any]

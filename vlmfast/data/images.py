@@ -1,6 +1,7 @@
 """Image bytes to upright RGB."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,15 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+TURNED = {UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}
+"""Width and height change places."""
 
 
 class TooManyPixelsError(ValueError):
     """An image's header states more than MAX_PIXELS."""
 
 
-def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
+def decode_image(data: bytes, min_side: int | Callable[[int, int], int] | None = None) -> Image.Image:
     """Decode WebP, JPEG or PNG to RGB, turned upright by its EXIF orientation, transparency on white.
 
     An image of more than MAX_PIXELS is refused before memory is taken for its pixels.
@@ -32,7 +35,7 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     Args:
         data: the file's bytes.
         min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while both sides keep at least this many
-            pixels, which costs less; None keeps the size.
+            pixels, which costs less; None keeps the size. A function gives it for the upright image's width and height.
     Raises:
         TooManyPixelsError, a ValueError: the header states more than MAX_PIXELS.
         ValueError: the bytes are no image of these formats, or are damaged or cut short.
@@ -41,8 +44,10 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
         _check_pixels(*_webp_size(data))  # PIL's decoder takes memory for two frames when it opens a file
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_pixels(*image.size)
-        if min_side is not None:
-            image.draft(None, (min_side, min_side))
+        if image.format in ("JPEG", "MPO") and min_side is not None:
+            turned = _turn(image) in TURNED
+            least = min_side if isinstance(min_side, int) else min_side(*image.size[:: -1 if turned else 1])
+            image.draft(None, (least, least))
         image.load()
         if image.format == "PNG" and "transparency" in image.info:
             image.info["transparency"] = _png_transparency(image, depth=data[24])
@@ -56,11 +61,16 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # struct.error, SyntaxError, ...: a damaged EXIF block says nothing about the pixels
-        return image
+    turn = _turn(image)
     return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright, by its EXIF orientation."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # struct.error, SyntaxError, ...: a damaged EXIF block says nothing about the pixels
+        return None
 
 
 def _check_pixels(width: int, height: int) -> None:
