@@ -17,7 +17,14 @@ from vlmfast.bench.report import machine, to_json
 
 def run(arguments: Sequence[str]) -> int:
     """Tables on the terminal, OUTPUT/<op>.json and .png with --output. 1 when --compare finds a row that is slower."""
-    parser = argparse.ArgumentParser(prog="vlmfast bench", description="Measures ops beside what people use instead.")
+    if arguments[:1] == ["data"]:
+        from vlmfast.cli import bench_data
+
+        return bench_data.run(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="vlmfast bench",
+        description="Measures ops beside what people use instead; 'vlmfast bench data' measures images a second.",
+    )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"by default all: {', '.join(bench.NAMES)}")
     parser.add_argument("--providers", nargs="+", help="by default all; --list names them")
     parser.add_argument("--sizes", nargs="+", help="by default those that --list names")
