@@ -1,14 +1,25 @@
 """Records, several captions, required fields, interleaved documents, features beside or in the place of images."""
 
+import dataclasses
+import io
 import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from vlmfast.data import Collator, EpochSampler, ImageTextDataset, eval_transform, load_tokenizer, pad_features
+from vlmfast.data import (
+    Collator,
+    EpochSampler,
+    ImageTextDataset,
+    eval_transform,
+    load_tokenizer,
+    pad_features,
+    train_transform,
+)
 from vlmfast.data.dataset import DRAWS, IMAGE_PLACE, SAMPLED, SKIPPED
 from vlmfast.data.images import MAX_PIXELS
 from vlmfast.data.records import FIELDS, IMAGE_EXTENSIONS
@@ -249,3 +260,25 @@ def test_the_page_names_every_field_reason_and_the_limit_of_pixels():
     reasons = [*SKIPPED, "missing image", "second image", "duplicate key", "truncated shard", "link to a folder above"]
     for name in (*FIELDS, *reasons, *IMAGE_EXTENSIONS, IMAGE_PLACE, f"{MAX_PIXELS:,}", f"{SAMPLED:,}", f"{DRAWS:,}"):
         assert name in page, name
+
+
+def test_a_jpeg_comes_at_the_fraction_that_its_own_crop_allows(write_tar):
+    """Every crop of 880 pixels has 200 at half of the size; a quarter takes one of 800."""
+    file = io.BytesIO()
+    Image.effect_noise((880, 880), 50).convert("RGB").save(file, "JPEG")
+    transform, sizes = train_transform(200), []
+
+    @dataclasses.dataclass
+    class Watched:
+        min_side_of = staticmethod(transform.min_side_of)
+
+        def __call__(self, image, generator):
+            left, top, right, bottom = transform._crop(1, 1, *generator.random(8)[:4])
+            sizes.append((image.width, min(right - left, bottom - top)))
+            return torch.zeros(1)
+
+    dataset = ImageTextDataset(write_tar("a.tar", {"0.jpg": file.getvalue(), "0.txt": b"x"}), transform=Watched())
+    for epoch in range(40):
+        dataset[epoch, 0]
+    assert {width for width, _ in sizes} == {440, 220}
+    assert all(width == (220 if side * 880 >= 800 else 440) for width, side in sizes)
