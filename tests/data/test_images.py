@@ -228,3 +228,29 @@ def test_the_fraction_of_a_jpeg_can_depend_on_its_upright_size(orientation):
     upright = (640, 320) if orientation == 1 else (320, 640)
     assert decode_image(data, min_side=min_side).size == tuple(side // 2 for side in upright)
     assert asked == [upright]
+
+
+@pytest.mark.parametrize("sampling", [0, 1, 2])
+@pytest.mark.parametrize(("width", "height", "side"), [(640, 480, None), (641, 479, 224), (1203, 901, 200), (50, 9, 8)])
+def test_simplejpeg_gives_what_pil_gives(monkeypatch, width, height, side, sampling):
+    """Bit for bit, at every fraction of the size."""
+    if images.simplejpeg is None:
+        pytest.skip("simplejpeg is not installed")
+    noise = np.random.default_rng(0).integers(0, 256, (-(-height // 5), -(-width // 5), 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    data = encode(image, "JPEG", quality=90, subsampling=sampling, progressive=sampling == 1)
+    fast = images.decode_pixels(data, side)
+    assert isinstance(fast, np.ndarray)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    slow = images.decode_pixels(data, side)
+    assert isinstance(slow, Image.Image)
+    np.testing.assert_array_equal(fast, np.asarray(slow))
+
+
+def test_what_simplejpeg_refuses_is_for_pil_to_judge(colour):
+    whole = encode(colour.resize((200, 100)), "JPEG")
+    with pytest.raises(ValueError, match="PIL reports"):
+        images.decode_pixels(whole[: len(whole) // 2])
+    assert isinstance(images.decode_pixels(encode(colour.convert("L"), "JPEG")), Image.Image)
+    assert isinstance(images.decode_pixels(encode(colour.convert("CMYK"), "JPEG")), Image.Image)
+    assert isinstance(images.decode_pixels(whole + b"behind the end"), np.ndarray)

@@ -238,3 +238,13 @@ def test_the_side_asked_of_an_image_is_that_of_the_crop_that_comes(width, height
     scale = side / min(width, height)  # of the image when it is decoded
     assert 64 - 1e-6 <= scale * min(right - left, bottom - top) <= 64 * (1 + 1 / max(1, side - 1)) + 1e-6
     assert drawn.random() == generator(seed).random()
+
+
+@pytest.mark.parametrize("size", [(400, 300), (40, 300), (64, 64)])
+def test_an_array_is_treated_as_an_image(size):
+    image = random_image(*size)
+    for seed in range(4):
+        transform = train_transform(64, flip=0.5, jitter=0.2 * (seed % 2))
+        found = transform(np.asarray(image).copy(), generator(seed))
+        assert found.is_contiguous()
+        assert torch.equal(found, transform(image, generator(seed)))

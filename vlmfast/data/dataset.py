@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlmfast.data.files import FolderPairs, TablePairs
-from vlmfast.data.images import TooManyPixelsError, decode_image
+from vlmfast.data.images import TooManyPixelsError, decode_pixels
 from vlmfast.data.lines import TextLines
 from vlmfast.data.records import Files, Pairs, Text, has_field, is_stream
 from vlmfast.data.shards import ShardPairs
@@ -131,17 +132,19 @@ class Recipe:
         if data is None:
             return "unreadable image"
         try:
-            image = decode_image(data, min_side=self._min_side(generator))
+            image = decode_pixels(data, min_side=self._min_side(generator))
         except TooManyPixelsError:
             return "image of too many pixels"
         except ValueError:
             return "corrupt image"
-        return self.transform(image, generator)
+        if not isinstance(image, Image.Image) and not getattr(self.transform, "takes_arrays", False):
+            image = Image.fromarray(image)
+        return self.transform(image, generator)  # type: ignore[arg-type]  # as takes_arrays says
 
     def _min_side(self, generator: np.random.Generator) -> int | Callable[[int, int], int] | None:
         """What the transform says of the size at which an image may be decoded."""
-        if hasattr(self.transform, "min_side_of"):
-            return functools.partial(self.transform.min_side_of, generator=generator)
+        if (min_side_of := getattr(self.transform, "min_side_of", None)) is not None:
+            return functools.partial(min_side_of, generator=generator)
         return getattr(self.transform, "min_side", None)
 
     def _images(

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from vlmfast.data.images import to_rgb
 
+Array = np.ndarray[Any, np.dtype[np.uint8]]
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL's "L"
 
 
 # (image of any mode and size, generator) -> uint8 (H, W, 3). It may have an attribute `min_side`: then a JPEG can come
 # decoded at a fraction of its size, its sides still at least that many pixels. It may have a method
-# `min_side_of(width, height, generator)` beside it, the same for one image, which leaves the generator as it is.
+# `min_side_of(width, height, generator)` beside it, the same for one image, which leaves the generator as it is; and
+# `takes_arrays = True`, which says that an image may also be uint8 (H, W, 3).
 Transform = Callable[[Image.Image, np.random.Generator], Tensor]
 
 
@@ -116,17 +119,24 @@ class _TrainTransform:
         left, top, right, bottom = self._crop(width, height, *copy.deepcopy(generator).random(8).tolist()[:4])
         return math.ceil(self.image_size * min(width, height) / min(right - left, bottom - top))
 
-    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
-        image = to_rgb(image)
+    takes_arrays = True
+
+    def __call__(self, image: Image.Image | Array, generator: np.random.Generator) -> Tensor:
+        if isinstance(image, Image.Image):
+            image = to_rgb(image)
+            width, height = image.size
+        else:
+            height, width = image.shape[:2]
         # All draws at once: turning one augmentation on leaves the others' numbers as they were.
         area, shape, x, y, flip, *colour = generator.random(8).tolist()
-        box = _whole_pixels(self._crop(image.width, image.height, area, shape, x, y))
-        pixels = _resized(image.crop(box), self.image_size)
+        left, top, right, bottom = box = _whole_pixels(self._crop(width, height, area, shape, x, y))
+        crop = image.crop(box) if isinstance(image, Image.Image) else image[top:bottom, left:right]
+        pixels = _resized(crop, self.image_size)
         if flip < self.flip:
             pixels = pixels.flip(1)
         if self.jitter:
-            image = Image.fromarray(pixels.numpy())
-            pixels = _pixels(_jitter(image, *(1 + self.jitter * (2 * u - 1) for u in colour)))
+            coloured = _jitter(Image.fromarray(pixels.numpy()), *(1 + self.jitter * (2 * u - 1) for u in colour))
+            pixels = _pixels(coloured)
         return pixels
 
     def augment(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
@@ -226,15 +236,18 @@ def _whole_pixels(box: tuple[float, float, float, float]) -> tuple[int, int, int
     return left, top, max(left + 1, round(box[2])), max(top + 1, round(box[3]))
 
 
-def _resized(image: Image.Image, side: int) -> Tensor:
+def _resized(image: Image.Image | Array, side: int) -> Tensor:
     """An RGB image at (side, side), bicubic, within one level of PIL's in less than half the time."""
-    if image.size == (side, side):
-        return _pixels(image)
-    if min(image.size) < side:  # torch's kernel is up to two levels away from PIL's where it enlarges
-        return _pixels(image.resize((side, side), Image.Resampling.BICUBIC))
-    # As PIL has it in memory, four bytes a pixel.
-    data = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
-    planes = data.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    # PIL where nothing is resized, and where it enlarges: torch's kernel is up to two levels away from it there.
+    if (width, height) == (side, side) or min(width, height) < side:
+        whole = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        return _pixels(whole if whole.size == (side, side) else whole.resize((side, side), Image.Resampling.BICUBIC))
+    if isinstance(image, Image.Image):  # as PIL has it in memory, four bytes a pixel
+        data = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8).view(height, width, 4)
+    else:
+        data = torch.from_numpy(image)
+    planes = data.permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(planes, (side, side), mode="bicubic", antialias=True)
     return resized[0, :3].permute(1, 2, 0).contiguous()
 
