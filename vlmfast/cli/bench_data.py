@@ -20,7 +20,7 @@ from PIL import Image
 from vlmfast.bench.harness import NotHere, require
 from vlmfast.bench.report import machine, to_json
 from vlmfast.data.dataset import Recipe
-from vlmfast.data.images import simplejpeg
+from vlmfast.data.images import JPEG_DECODER
 from vlmfast.data.stream_shards import RawSample, opened, read_shard, shard_urls
 from vlmfast.data.transforms import eval_transform, train_transform
 
@@ -45,8 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     files = list(islice(read_images(options.data) if options.data else made_images(), options.images))
     if not files:
         raise ValueError(f"--data: no image in {options.data}")
-    decoder = "PIL" if simplejpeg is None else f"simplejpeg {version('simplejpeg')}"
-    header = {**machine(), "threads": 1, "pillow": version("pillow"), "decoder": decoder}
+    header = {**machine(), "threads": 1, "pillow": version("pillow"), "jpeg_decoder": JPEG_DECODER}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

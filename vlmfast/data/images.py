@@ -15,6 +15,8 @@ except ImportError:  # PIL decodes the same, slower
 FORMATS = ("WEBP", "JPEG", "PNG")  # naming them keeps PIL's other parsers away from untrusted bytes
 MAX_PIXELS = 89_478_485  # of an image as its header states it; where PIL warns of a decompression bomb
 
+JPEG_DECODER = "PIL" if simplejpeg is None else f"simplejpeg {simplejpeg.__version__}"
+
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
