@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 
@@ -38,10 +38,10 @@ class ClassTokenLayer(CLIPEncoderLayer):
         states = self.layer_norm1(hidden_states)
         query, key, value = attention.q_proj(states[:, :1]), attention.k_proj(states), attention.v_proj(states)
         dropout = attention.dropout if self.training else 0.0
-        read = F.scaled_dot_product_attention(
-            heads(query), heads(key), heads(value), dropout_p=dropout, scale=attention.scale
+        read, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            attention, heads(query), heads(key), heads(value), None, scaling=attention.scale, dropout=dropout
         )
-        token = hidden_states[:, :1] + attention.out_proj(read.transpose(1, 2).flatten(2))
+        token = hidden_states[:, :1] + attention.out_proj(read.flatten(2))
         return token + self.mlp(self.layer_norm2(token))
 
 

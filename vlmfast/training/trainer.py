@@ -27,6 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from vlmfast.data import EpochSampler, StreamingDataset, StreamLoader
 from vlmfast.distributed import rank_and_world_size
 from vlmfast.training import checkpoints, fsdp, grad_cache
+from vlmfast.training.attention import short_attention_in_float32
 from vlmfast.training.callbacks import ModelHooks, Progress, SetEpoch
 from vlmfast.training.divergence import StopOnDivergence, advice
 from vlmfast.training.signals import StopOnSignal
@@ -326,10 +327,11 @@ class PretrainingTrainer(Trainer):
         return loader
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        if self.args.cache_chunk is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            loss = self._cached_step(model, inputs, self.args.cache_chunk)
+        with short_attention_in_float32() if self.args.device.type == "cpu" else nullcontext():
+            if self.args.cache_chunk is None:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            else:
+                loss = self._cached_step(model, inputs, self.args.cache_chunk)
         fsdp.average(self._whole)
         self.divergence.loss(loss)
         return loss
