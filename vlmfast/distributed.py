@@ -87,6 +87,7 @@ def gather(features: Tensor, sizes: list[int]) -> Tensor:
     return gathered
 
 
+@torch.no_grad()
 def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
     """As `gather`, without gradient.
 
@@ -106,6 +107,7 @@ def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([shard[:size] for shard, size in zip(gathered, sizes, strict=True)])
 
 
+@torch.no_grad()
 def reduce_scatter(rows: Tensor, sizes: list[int], numbers: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sum over ranks of all their rows (sum(sizes), D), of which each rank gets its own, without gradient.
 
@@ -146,14 +148,16 @@ def reduce_scatter(rows: Tensor, sizes: list[int], numbers: Tensor | None = None
     return mine[: sizes[rank]], mine[most:].flatten()[:count]
 
 
+@torch.no_grad()
 def gather_scalars(value: Tensor) -> Tensor:
     """(world size, ...): every rank's value, a number or a few, without gradient."""
     values = value.new_empty(dist.get_world_size(), *value.shape)
     with _a_collective("gather"):
-        dist.all_gather_into_tensor(values.flatten(), value.flatten())
+        dist.all_gather_into_tensor(values.flatten(), value.clone().flatten())
     return values
 
 
+@torch.no_grad()
 def total(value: Tensor) -> Tensor:
     """The sum over ranks, without gradient."""
     world_size = dist.get_world_size()
@@ -161,10 +165,12 @@ def total(value: Tensor) -> Tensor:
         return _reduced(value, dist.ReduceOp.SUM)
     everyone = value.new_empty(world_size, *value.shape)
     with _a_collective("sum"):
-        dist.all_gather_into_tensor(everyone.flatten(), value.flatten())
+        # A clone, as torch takes what is sent for modified, and refuses it where it is a view of certain kinds.
+        dist.all_gather_into_tensor(everyone.flatten(), value.clone().flatten())
     return everyone.sum(0)
 
 
+@torch.no_grad()
 def largest(value: Tensor) -> Tensor:
     """The largest of all ranks, entry by entry, without gradient."""
     return _reduced(value, dist.ReduceOp.MAX)
