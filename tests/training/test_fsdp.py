@@ -70,7 +70,7 @@ def shards(rank: int, world_size: int, data: Path, folder: Path) -> None:
 
 def averages(rank: int) -> None:
     """Of a scalar whose gradient each rank has its own part of, as another loss than CLIP's may leave it."""
-    scalar, unused = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(1.0))
+    scalar, unused = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(1, 1))
     scalar.grad = torch.tensor(1.0 + rank)
     for _ in range(2):  # a second batch that is accumulated adds 2 here and 4 there
         fsdp.average([scalar, unused])
@@ -147,6 +147,17 @@ def test_scalars_have_groups_of_their_own() -> None:
         [id(model.layer.weight)], [id(model.layer.bias)], [id(model.scale)],
     ]  # fmt: skip
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 2.0, 2.0]
+
+
+def test_parameters_of_one_number_are_left_out() -> None:
+    model = Scaled()
+    model.gate = nn.Parameter(torch.ones(1, 1))
+    model.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+    plugin = SimpleNamespace(ignored_modules=None, transformer_cls_names_to_wrap=None)
+    trained = fsdp.leave_out(model, plugin, torch.device("cpu"))
+    assert {id(p) for p in trained} == {id(model.scale), id(model.gate), id(model.layer.bias)}
+    ignored = {id(p) for module in plugin.ignored_modules for p in module.parameters()}
+    assert ignored == {*map(id, trained), id(model.frozen)}
 
 
 def test_a_norm_of_gradients() -> None:

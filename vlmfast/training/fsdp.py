@@ -1,8 +1,9 @@
-"""FSDP under the trainer: accelerate's FSDP 2, with scalar parameters left whole on every process.
+"""FSDP under the trainer: accelerate's FSDP 2, with parameters of one number left whole on every process.
 
-FSDP cuts parameters along their first dimension, which scalars such as logit_scale do not have. They are left out of
-the sharding (`fully_shard(ignored_params=...)`), have a group of the optimizer to themselves, since one group cannot
-update sharded and whole tensors together, and their gradients are averaged over processes as FSDP does for the others.
+FSDP cuts parameters along their first dimension, which scalars such as logit_scale do not have; and of a gate (1,) all
+processes but one would have nothing to log. They are left out of the sharding (`fully_shard(ignored_params=...)`), have
+a group of the optimizer to themselves, since one group cannot update sharded and whole tensors together, and their
+gradients are averaged over processes as FSDP does for the others.
 """
 
 from __future__ import annotations
@@ -81,16 +82,16 @@ def set_up(accelerator: Any, args: Any) -> None:
 
 
 def leave_out(model: nn.Module, plugin: Any, device: torch.device) -> list[nn.Parameter]:
-    """Has accelerate's plugin shard each layer of the towers and, at last, all else but the scalars.
+    """Has accelerate's plugin shard each layer of the towers and, at last, all else but parameters of one number.
 
     Args:
         model: on the CPU.
         plugin: of the Accelerator that will prepare the model.
         device: where the model will be.
     Returns:
-        the scalars that are trained, moved to the device.
+        the parameters of one number that are trained, moved to the device.
     """
-    whole = list(scalars(model).values())
+    whole = [parameter for parameter in model.parameters() if parameter.numel() == 1]
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     try:
@@ -124,16 +125,17 @@ def split_groups(optimizer: torch.optim.Optimizer, whole: Iterable[nn.Parameter]
 
 
 def average(whole: list[nn.Parameter]) -> None:
-    """Gradients of parameters () that are left whole become their mean over processes, with one message.
+    """Gradients of parameters of one number, which are left whole, become their mean over processes, with one message.
 
     What is averaged already, of an earlier batch that is accumulated, stays as it is.
     """
     if not whole:
         return
-    gradients = torch.stack([p.new_zeros((), dtype=torch.float32) if p.grad is None else p.grad.float() for p in whole])
+    zero = torch.zeros((), device=whole[0].device)
+    gradients = torch.stack([zero if p.grad is None else p.grad.float().reshape(()) for p in whole])
     dist.all_reduce(gradients)
     for parameter, gradient in zip(whole, gradients / dist.get_world_size(), strict=True):
-        parameter.grad = gradient.to(parameter.dtype)
+        parameter.grad = gradient.to(parameter.dtype).view_as(parameter)
 
 
 def whole_tensor(value: Tensor) -> Tensor:
