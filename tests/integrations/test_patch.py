@@ -30,7 +30,8 @@ def results(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     output = model(**inputs)
     output["loss"].backward()
     if "labels" in inputs and "logits" not in output:  # of a language model that computes its loss without them
-        output["logits"] = model(**inputs, return_logits=True)["logits"]
+        with torch.no_grad():
+            output["logits"] = model(**inputs, return_logits=True)["logits"]
     found = {
         name: output[name].detach() for name in ("loss", "image_embeds", "text_embeds", "logits") if name in output
     }

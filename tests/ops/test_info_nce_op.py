@@ -7,6 +7,7 @@ import pytest
 import torch
 from backends import use_backend
 from contrastive import pairs
+from grids import pairwise
 from numerics import loss_and_gradients
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,10 +60,9 @@ def test_what_is_kept_for_backward(backend: str) -> None:
         assert all(t.dtype == torch.float32 for t in saved)
 
 
-@pytest.mark.parametrize("first", list(IMPLS))
-@pytest.mark.parametrize("second", list(IMPLS))
-@pytest.mark.parametrize("scale", [20.0, 300.0])
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "scale", "keep"), pairwise(list(IMPLS), list(IMPLS), [20.0, 300.0], [False, True])
+)
 def test_backends_agree_on_what_is_saved(first: str, second: str, scale: float, keep: bool, monkeypatch) -> None:
     """One backend's backward reads what another's forward left."""
     image, text = (t.float().requires_grad_() for t in pairs(140, 24))

@@ -72,7 +72,7 @@ def test_gradcheck_of_the_reference() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
-    q, k, v = (t.to(dtype).requires_grad_() for t in qkv(2, 4, 2, 9, 12, 32))
+    q, k, v = (t.to(dtype).requires_grad_() for t in qkv(2, 2, 1, 9, 12, 32))
     lo, hi = (t.int() for t in any_media(2, 9, 3).values())
     lengths, bias = torch.randint(0, 5, (2, 3)).int(), torch.randn(2, 12)
     for arguments in (
@@ -123,7 +123,7 @@ def test_a_second_derivative_raises(backend: str) -> None:
 @pytest.mark.parametrize("mode", ["last", "all_prev", "group"])
 def test_decoding_a_token_at_a_time(backend: str, mode: str) -> None:
     """media_index with its state and one query row give what the whole sequence gives."""
-    q, k, v = (t.float() for t in qkv(2, 4, 2, 24, 3 * 10, 32))
+    q, k, v = (t.float() for t in qkv(2, 2, 1, 24, 3 * 10, 32))
     ids = torch.randint(10, 20, (2, 24))
     ids[0, 3] = ids[0, 4] = ids[0, 15] = ids[1, 9] = 1  # the second sample never comes to its other media
     ids[1, 18] = 2
@@ -144,8 +144,8 @@ def test_training_follows_the_eager_curve(backend: str) -> None:
         torch.manual_seed(1)
         to_q, to_k, to_v = (nn.Linear(16, 32, bias=False) for _ in range(3))
         optimizer = torch.optim.Adam([*to_q.parameters(), *to_k.parameters(), *to_v.parameters()], 3e-3)
-        text, tokens, target = torch.randn(2, 40, 16), torch.randn(2, 15, 16), torch.randn(2, 40, 32)
-        options = last_media(2, 40, 3) | {"tokens_per_media": 5}
+        text, tokens, target = torch.randn(2, 32, 16), torch.randn(2, 15, 16), torch.randn(2, 32, 32)
+        options = last_media(2, 32, 3) | {"tokens_per_media": 5}
         found = []
         for _ in range(50):
             out = attention(to_q(text)[:, None], to_k(tokens)[:, None], to_v(tokens)[:, None], **options)
