@@ -153,7 +153,7 @@ def gather_scalars(value: Tensor) -> Tensor:
     """(world size, ...): every rank's value, a number or a few, without gradient."""
     values = value.new_empty(dist.get_world_size(), *value.shape)
     with _a_collective("gather"):
-        dist.all_gather_into_tensor(values.flatten(), value.clone().flatten())
+        dist.all_gather_into_tensor(values.flatten(), value.flatten())
     return values
 
 
@@ -165,8 +165,7 @@ def total(value: Tensor) -> Tensor:
         return _reduced(value, dist.ReduceOp.SUM)
     everyone = value.new_empty(world_size, *value.shape)
     with _a_collective("sum"):
-        # A clone, as torch takes what is sent for modified, and refuses it where it is a view of certain kinds.
-        dist.all_gather_into_tensor(everyone.flatten(), value.clone().flatten())
+        dist.all_gather_into_tensor(everyone.flatten(), value.flatten())
     return everyone.sum(0)
 
 
