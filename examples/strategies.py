@@ -21,6 +21,7 @@ import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -389,8 +390,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def first_images(out: Path, data: str, count: int = 4) -> list[tuple[Path, dict[str, Any]]]:
     """The first samples of validation as image files, with their records; pictures of different captions."""
     found: list[tuple[Path, dict[str, Any]]] = []
-    shard = sorted(Path().glob(paths(out)[data][1])) or sorted(Path("/").glob(paths(out)[data][1].lstrip("/")))
-    folder = out / "gallery" / data
+    shard, folder = sorted(glob(paths(out)[data][1])), out / "gallery" / data
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, dict[str, bytes]] = {}
     with tarfile.open(shard[0]) as tar:
@@ -400,9 +400,10 @@ def first_images(out: Path, data: str, count: int = 4) -> list[tuple[Path, dict[
             if file is not None:
                 parts.setdefault(key, {})[kind] = file.read()
     for key, files in list(parts.items())[:: max(1, len(parts) // count)][:count]:
-        kind = next(k for k in files if k != "json")
+        kind = next(k for k in files if k not in ("json", "txt"))
         (folder / f"{key}.{kind}").write_bytes(files[kind])
-        found.append((folder / f"{key}.{kind}", json.loads(files["json"])))
+        record = json.loads(files["json"]) if "json" in files else {"caption": files["txt"].decode()}
+        found.append((folder / f"{key}.{kind}", record))
     return found
 
 
@@ -413,7 +414,7 @@ def gallery(out: Path, names: Sequence[str], path: Path) -> None:
 
     figure = Figure(figsize=(16, 15), layout="constrained", dpi=110)
     places = iter(figure.subplots(2, 4).flat)
-    for data in ("pairs", "scenes"):
+    for data in sorted({RUNS[name].data for name in names}):
         images = first_images(out, data)
         said: list[list[str]] = [[] for _ in images]
         for name in names:
@@ -423,10 +424,11 @@ def gallery(out: Path, names: Sequence[str], path: Path) -> None:
             captions = [record["caption"] for _, record in images]
             text = ["--text", *captions] if run.task == "retrieval" else []
             answer = out / "gallery" / f"{name}.json"
-            vlmfast(
-                answer.with_suffix(".log"), "predict", str(out / name), *(str(file) for file, _ in images), *text,
-                f"--output={answer}", "--max-new-tokens=16",
-            )  # fmt: skip
+            if not answer.exists():
+                vlmfast(
+                    answer.with_suffix(".log"), "predict", str(out / name), *(str(file) for file, _ in images), *text,
+                    f"--output={answer}", "--max-new-tokens=16",
+                )  # fmt: skip
             for lines, found in zip(said, json.loads(answer.read_text()), strict=True):
                 best = found["predictions"][-1]
                 several = best["lines"] if best["kind"] == "boxes" else best["lines"][:1]

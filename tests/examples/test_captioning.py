@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from command_line import write_pairs
+from command_line import write_shards
 from prefix_models import llama, write_language_model, write_tower
 
 from vlmfast.cli import main
@@ -23,19 +22,6 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def shards(folder: Path, *names: str) -> Path:
-    """The same 16 pairs in each shard."""
-    folder.mkdir()
-    pairs = folder / "files"
-    pairs.mkdir()
-    write_pairs(pairs, 16)
-    for name in names:
-        with tarfile.open(folder / name, "w") as out:
-            for path in sorted(pairs.iterdir()):
-                out.add(path, path.name)
-    return folder
 
 
 def test_systems_are_trained_and_scored_side_by_side_and_not_twice(
@@ -54,7 +40,7 @@ def test_systems_are_trained_and_scored_side_by_side_and_not_twice(
     tokenizer.save_pretrained(language)
     tower = write_tower(tmp_path / "clip")
     monkeypatch.setattr(example, "vlmfast", vlmfast)
-    monkeypatch.setattr(example, "PAIRS", shards(tmp_path / "pairs", "train-0.tar", "val-0.tar"))
+    monkeypatch.setattr(example, "PAIRS", write_shards(tmp_path / "pairs", "train-0.tar", "val-0.tar"))
     out = tmp_path / "out"
     arguments = [
         f"--vision-tower={tower}", f"--language-model={language}", "--steps=1", "--samples=5", f"--output-dir={out}",

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -39,6 +40,19 @@ def write_pairs(folder: Path, count: int = PAIRS) -> Path:
         image.putpixel((k % 16, k // 16), (k, 2 * k, 3 * k))
         image.save(folder / f"{k:03}.png")
         (folder / f"{k:03}.txt").write_text(f"{COLOURS[k % 8]} square number {k}")
+    return folder
+
+
+def write_shards(folder: Path, *names: str) -> Path:
+    """The same 16 pairs in each of these shards."""
+    folder.mkdir()
+    pairs = folder / "files"
+    pairs.mkdir()
+    write_pairs(pairs, 16)
+    for name in names:
+        with tarfile.open(folder / name, "w") as out:
+            for path in sorted(pairs.iterdir()):
+                out.add(path, path.name)
     return folder
 
 
