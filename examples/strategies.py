@@ -209,7 +209,8 @@ RUNS = {
     ),
     "fiber_fine": Run(
         "fiber_fine", "detection", "scenes",
-        "--pretrained={out}/fiber --image-size=128 --per-device-train-batch-size=8 --max-steps=600 --learning-rate=5e-4",
+        "--pretrained={out}/fiber --image-size=128 --per-device-train-batch-size=8 --learning-rate=5e-4"
+        " --max-steps=600",
         "--train-data={scenes}/train-*.tar", needs=("fiber",),
     ),
     "asif": Run("asif", "retrieval", "pairs", ""),
