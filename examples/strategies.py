@@ -124,8 +124,7 @@ RUNS = {
         needs=("clip", "language_model"),
     ),
     "vc_gpt": Run(
-        "vc_gpt", "captioning", "pairs", f"{READER} --max-steps=500 {CAPTION}", SAID,
-        needs=("clip", "language_model"),
+        "vc_gpt", "captioning", "pairs", f"{SMALL} --vision-layers=2 --text-layers=2 --max-steps=600", SAID,
     ),
     "faster_rcnn": Run(
         "faster_rcnn", "detection", "scenes",
