@@ -209,7 +209,7 @@ RUNS = {
     "fiber_fine": Run(
         "fiber_fine", "detection", "scenes",
         "--pretrained={out}/fiber --image-size=128 --per-device-train-batch-size=8 --learning-rate=5e-4"
-        " --max-steps=600",
+        " --max-steps=300",
         "--train-data={scenes}/train-*.tar", needs=("fiber",),
     ),
     "asif": Run("asif", "retrieval", "pairs", ""),
