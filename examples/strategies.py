@@ -316,7 +316,8 @@ def parameters(folder: Path) -> dict[str, float]:
     from vlmfast.models.checkpoints import load
 
     model = load(checkpoint_class(None, str(folder))[0], str(folder))
-    frozen = {id(p) for part in model.frozen_parts() for p in part.parameters()}
+    owners = [module for module in model.modules() if hasattr(module, "frozen_parts")]
+    frozen = {id(p) for owner in owners for part in owner.frozen_parts() for p in part.parameters()}
     every = list(model.parameters())
     still = sum(p.numel() for p in every if id(p) in frozen or not p.requires_grad)
     return {"trained": (sum(p.numel() for p in every) - still) / 1e6, "frozen": still / 1e6}
