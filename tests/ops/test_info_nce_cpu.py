@@ -37,7 +37,7 @@ def test_more_threads_change_only_roundings() -> None:
 
 
 def test_memory_of_the_streamed_loss_is_linear(run_python) -> None:
-    """N = 16384, D = 512: under 250 MB beyond the inputs, where the logits alone take 1 GB. In a process of its own."""
+    """N = 16384, D = 64: under 190 MB beyond the inputs, where the logits alone take 1 GB. In a process of its own."""
     peak = run_python(
         """
         import torch
@@ -46,7 +46,7 @@ def test_memory_of_the_streamed_loss_is_linear(run_python) -> None:
         def memory(field):  # of this process alone: ru_maxrss starts from the peak of the process that forked it
             lines = open("/proc/self/status").read().splitlines()
             return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-        x, y = (F.normalize(torch.randn(16384, 512), dim=1).requires_grad_() for _ in range(2))
+        x, y = (F.normalize(torch.randn(16384, 64), dim=1).requires_grad_() for _ in range(2))
         info_nce(x[:256], y[:256], 20.0).backward()
         x.grad = y.grad = None
         before = memory("VmRSS")  # resident now, not the peak so far
@@ -54,7 +54,7 @@ def test_memory_of_the_streamed_loss_is_linear(run_python) -> None:
         print(memory("VmHWM") - before)
         """
     )
-    assert float(peak) < 250
+    assert float(peak) < 190
 
 
 SCHEDULES = {
