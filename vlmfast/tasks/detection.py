@@ -2,14 +2,14 @@
 
 With --train-data the names that training has and those held out are scored apart too. What stands beside the scores:
 `blind`, the boxes that the model finds in other images, at the same place of these; `chance`, the model's boxes with
-names that have changed places at random, in each image by themselves; `majority`, the same boxes for
-every image, of each name the mean of its true ones, weighed by how frequent it is.
+names that have changed places at random, in each image by themselves, the mean of some draws; `majority`, the same
+boxes for every image, of each name the mean of its true ones, weighed by how frequent it is.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -26,6 +26,7 @@ from vlmfast.tasks.scores import Compared
 from vlmfast.tasks.task import Options, Run, Task
 
 SHOWN = 12
+DRAWS = 5
 DRAWN = 0.5  # the least score of a box in the picture
 
 
@@ -67,7 +68,6 @@ class Detection(Task):
             {**said["model"][other], "boxes": _elsewhere(said["model"][other]["boxes"], indices, place, other, sizes)}
             for place, other in enumerate(cycle(len(indices)))
         ]
-        said["chance"] = [_renamed(one, len(names), seed) for seed, one in enumerate(said["model"])]
         said["majority"] = _constant(truth, [sizes[index] for index in indices])
         held_out = None
         if self.options.train_data:
@@ -79,6 +79,9 @@ class Detection(Task):
         for row, predictions in said.items():
             rows[row], each = average_precision(predictions, truth, held_out)
             by_name = by_name or {names[place]: value for place, value in each.items()}
+        rows["chance"] = _mean(
+            average_precision(_renamed(said["model"], len(names), draw), truth, held_out)[0] for draw in range(DRAWS)
+        )
         return Compared(
             task=self.name,
             rows=rows,
@@ -166,10 +169,15 @@ def _elsewhere(
     return stretched(boxes, sizes[indices[other]], sizes[indices[place]]).float()
 
 
-def _renamed(one: dict[str, Tensor], names: int, seed: int) -> dict[str, Tensor]:
-    """The same boxes, with the names in another order."""
-    order = torch.randperm(names, generator=torch.Generator().manual_seed(seed))
-    return {**one, "labels": order[one["labels"]]}
+def _renamed(found: Sequence[dict[str, Tensor]], names: int, draw: int) -> list[dict[str, Tensor]]:
+    """The same boxes, with the names in another order in each image."""
+    generator = torch.Generator().manual_seed(draw)
+    return [{**one, "labels": torch.randperm(names, generator=generator)[one["labels"]]} for one in found]
+
+
+def _mean(several: Iterable[dict[str, float]]) -> dict[str, float]:
+    rows = list(several)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def _constant(truth: Sequence[dict[str, Tensor]], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:

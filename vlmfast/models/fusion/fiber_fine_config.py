@@ -125,7 +125,7 @@ class FIBERFineOptions(TowerOptions):
     )
     log_scale: float = field(
         default=-2.0,
-        metadata={"help": "s before training; the paper's is 0, with which a small model is slow to tell names apart."},
+        metadata={"help": "s of the logits before training; the paper's is 0."},
     )
 
     def __post_init__(self) -> None:
