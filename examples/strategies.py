@@ -188,7 +188,7 @@ RUNS = {
     ),
     "bridgetower": Run(
         "bridgetower", "retrieval", "pairs",
-        JOINT + "128 --objectives=itm,itc --width=128 --layers=3 --learning-rate=1e-3 --max-steps=400"
+        JOINT + "64 --objectives=itm,itc --width=128 --layers=3 --learning-rate=1e-3 --max-steps=300"
         " --config-overrides lr_factor=1", "--rerank=10",
     ),
     "flava": Run(
@@ -390,7 +390,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         place.set_title(f"{task}: {METRICS[task]} x 100", loc="left", fontsize=10)
         place.set_xlim(left=0)
         place.spines[["top", "right"]].set_visible(False)
-    places[0].legend(loc="lower right", fontsize=8, frameon=False)
+    handles = {
+        label: handle for place in places for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=4, fontsize=9, frameon=False)
     figure.savefig(path)
 
 
