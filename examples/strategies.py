@@ -148,8 +148,8 @@ RUNS = {
     ),
     "visual_bert-vqa": Run(
         "visual_bert", "vqa", "scenes",
-        f"--pretrained={{out}}/visual_bert {REGIONS} --max-steps=600 --learning-rate=5e-4 --warmup-steps=25", SEEN,
-        needs=("visual_bert",),
+        f"--pretrained={{out}}/visual_bert-grounding {REGIONS} --max-steps=2000 --learning-rate=1e-3 --warmup-steps=99",
+        SEEN, needs=("visual_bert-grounding",),
     ),
     "visual_bert-hateful": Run(
         "visual_bert", "hateful", "scenes",

@@ -134,7 +134,7 @@ assert not vlmfast.patch(model).replaced
 x = model(torch.randn(4, 8))
 vlmfast.ops.info_nce(x, x, 2.0).backward()
 """
-EXTRAS = {"train", "bench", "detection", "docs", "dev", "eval", "gguf", "captioning"}
+EXTRAS = {"train", "bench", "detection", "docs", "dev", "eval", "gguf", "captioning", "streaming"}
 
 
 def test_the_wheel_works_in_a_fresh_environment(checkout: Path, tmp_path: Path) -> None:
