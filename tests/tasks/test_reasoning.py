@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from toys import COLOURS, WORDS, Toy, fit, joint_model, word_tokenizer, write_records
 
+from vlmfast.cli import main
 from vlmfast.tasks.reasoning import Reasoning
 
 THREE = ("red", "green", "blue")
@@ -86,6 +87,21 @@ def test_a_head_learns_both(tmp_path: Path) -> None:
     assert rows[False]["model"] == rows[False]["blind"]
     # All three colours are always offered. Rationales come with the right answer, so that words alone tell them.
     assert rows[False]["model"]["answer"] == pytest.approx(1 / 3)
+
+
+def test_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = write(tmp_path / "data.tar", even=True), tmp_path / "run"
+    run = ["train", "visual_bert", "--task=reasoning", f"--data={data}", f"--output-dir={out}", "--max-steps=2"]
+    small = ["--text-width=64", "--text-layers=1", "--tower-width=16", "--image-size=32", "--grid=2"]
+    batches = ["--per-device-train-batch-size=2", "--dataloader-num-workers=0", "--use-cpu", "--disable-tqdm=true"]
+    assert main([*run, *small, *batches]) == 0
+    scores = tmp_path / "scores.json"
+    assert main(["eval", f"--checkpoint={out}", f"--data={data}", "--num-workers=0", f"--output={scores}"]) == 0
+    assert {"answer", "rationale", "both"} == set(json.loads(scores.read_text())["scores"]["model"])
+    # The data decide the course of a run, also behind a task's own samples.
+    write(tmp_path / "data.tar")
+    assert main([*run, *small, *batches, "--resume"]) == 1
+    assert "fingerprint was" in capsys.readouterr().err
 
 
 def test_batches_of_the_head(tmp_path: Path) -> None:

@@ -146,6 +146,10 @@ class _Choices(Dataset[Any]):
         found: Counter[str] = self.dataset.skipped()
         return found
 
+    def fingerprint(self) -> str:
+        found: str = self.dataset.fingerprint()
+        return found
+
 
 def _texts(sample: Any) -> list[str]:
     return texts_of(sample.record["kind"], sample.record)
