@@ -422,7 +422,7 @@ def gallery(out: Path, names: Sequence[str], path: Path) -> None:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    figure = Figure(figsize=(16, 15), layout="constrained", dpi=110)
+    figure = Figure(figsize=(16, 12), layout="constrained", dpi=110)
     places = iter(figure.subplots(2, 4).flat)
     for data in sorted({RUNS[name].data for name in names}):
         images = first_images(out, data)
@@ -435,19 +435,23 @@ def gallery(out: Path, names: Sequence[str], path: Path) -> None:
             text = ["--text", *captions] if run.task == "retrieval" else []
             answer = out / "gallery" / f"{name}.json"
             if not answer.exists():
-                vlmfast(
-                    answer.with_suffix(".log"), "predict", str(out / name), *(str(file) for file, _ in images), *text,
-                    f"--output={answer}", "--max-new-tokens=16",
-                )  # fmt: skip
+                try:
+                    vlmfast(
+                        answer.with_suffix(".log"), "predict", str(out / name), *(str(file) for file, _ in images),
+                        *text, f"--output={answer}", "--max-new-tokens=16",
+                    )  # fmt: skip
+                except SystemExit as error:
+                    print(f"{name} is left out of the gallery: {error}", file=sys.stderr)
+                    continue
             for lines, found in zip(said, json.loads(answer.read_text()), strict=True):
                 best = found["predictions"][-1]
                 several = best["lines"] if best["kind"] == "boxes" else best["lines"][:1]
-                lines.append(f"{name}: {', '.join(several)[:60] or 'nothing'}")
+                lines.append(f"{name}: {', '.join(several)[:56] or 'nothing'}")
         for (file, record), lines in zip(images, said, strict=True):
             place = next(places)
             with Image.open(file) as image:
                 place.imshow(image.convert("RGBA"))
-            place.set(xticks=[], yticks=[], title=record["caption"][:48])
+            place.set(xticks=[], yticks=[], title=record["caption"][:42])
             place.set_xlabel("\n".join(lines), fontsize=8, loc="left", parse_math=False)
     figure.savefig(path)
 

@@ -214,7 +214,9 @@ def _similarity(asked: Asked) -> list[Prediction]:
     images = model.get_image_features(asked.batch(collator, asked.texts[:1])["pixel_values"])
     batch = replace(asked, samples=asked.samples[:1]).batch(collator, asked.texts)  # towers read texts alone
     texts = model.get_text_features(batch["input_ids"], batch.get("attention_mask"))
-    return [_ranked("similarity", asked.texts, row) for row in (images.float() @ texts.float().T).cpu()]
+    own = getattr(model, "similarities", None)  # of a model whose features are not compared by a product
+    scores = images.float() @ texts.float().T if own is None else own(images, texts)
+    return [_ranked("similarity", asked.texts, row) for row in scores.cpu()]
 
 
 def _match(asked: Asked) -> list[Prediction]:
