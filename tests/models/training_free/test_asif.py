@@ -329,7 +329,22 @@ def test_the_command_makes_changes_and_explains_anchors(
     loaded = ASIFModel.from_pretrained(run)
     assert (len(loaded.anchors), loaded.config.k) == (22, 4)
     assert run_anchors([*on, f"--restore={keys}"]) == 0
-    assert len(ASIFModel.from_pretrained(run).anchors) == 24
+    loaded = ASIFModel.from_pretrained(run)
+    assert len(loaded.anchors) == 24
+    dataset, collator = opened(loaded, pairs)
+    two, said = [dataset[0], dataset[1]], tmp_path / "said.json"
+    files, texts = ([f"{pairs}/{number:03}.png" for number in range(2)], [sample.caption for sample in two])
+    assert main(["predict", str(run), *files, "--text", *texts, f"--output={said}", "--device=cpu"]) == 0
+    batch = collator(two)
+    expected = loaded.similarities(
+        loaded.get_image_features(batch["pixel_values"]),
+        loaded.get_text_features(batch["input_ids"], batch["attention_mask"]),
+    )
+    for each, row in zip(json.loads(said.read_text()), expected.tolist(), strict=True):
+        (found,) = each["predictions"]
+        assert dict(zip(found["lines"], found["scores"], strict=True)) == pytest.approx(
+            dict(zip(texts, row, strict=True)), rel=1e-4, abs=1e-6
+        )
     assert run_anchors([*on, f"--explain={pairs}", f"--report={report}"]) == 0
     assert report.stat().st_size > 10_000
     (tmp_path / "more").mkdir()
