@@ -28,14 +28,14 @@ def images(tmp_path: Path) -> list[str]:
     return names
 
 
-def saved(folder: Path, name: str, **head: Any) -> str:
+def saved(folder: Path, name: str, sizes: dict[str, Any] | None = None, **head: Any) -> str:
     """A checkpoint of a new model, or of one with a head."""
     torch.manual_seed(0)
     tokenizer, cls = load_tokenizer(), model_class(name)
     tokenizer.add_special_tokens(
         {key: token for key, token in cls.special_tokens.items() if getattr(tokenizer, key) is None}
     )
-    options = cls.Options(**tiny(name))
+    options = cls.Options(**{**tiny(name), **(sizes or {})})
     model = cls.build(options, tokenizer)
     if head:
         sample = _sample(model.transform(options, train=False))
@@ -121,6 +121,14 @@ def test_a_model_that_matches(tmp_path: Path, images: list[str]) -> None:
     ((one,),) = predicted(tmp_path, folder, images[0], "--text", "a dog", "a cat")
     assert one["kind"] == "match"
     assert all(0 <= score <= 1 for score in one["scores"])
+
+
+def test_a_checkpoint_without_the_part_for_a_match(tmp_path: Path, images: list[str], capsys: Any) -> None:
+    sizes = {"image_size": 32, "swin_width": 32, "swin_depths": "1,1", "width": 64, "layers": 2, "fused_layers": 1}
+    folder = saved(tmp_path / "fiber", "fiber", {**sizes, "objective": "contrast"})
+    ((one,),) = predicted(tmp_path, folder, images[0], "--text", "a dog", "a cat")
+    assert one["kind"] == "similarity"
+    assert "left out: objective contrast: has no matching" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_one_line(tmp_path: Path, images: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -171,7 +172,19 @@ def predictions(asked: Asked) -> list[list[Prediction]]:
         if hasattr(model, "get_image_features") or hasattr(model, "match_scores"):
             raise UsageError(f"--text is needed: {type(model).__name__} compares images with texts")
         raise TypeError(f"{type(model).__name__} predicts nothing of an image; fine-tune it for a task (--task)")
-    return [list(each) for each in zip(*(function(asked) for function in kinds), strict=True)]
+    found, refused = [], []
+    for function in kinds:
+        try:
+            found.append(function(asked))
+        except UsageError:
+            raise
+        except ValueError as error:  # a checkpoint may lack the part for it, as one trained for contrast alone
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    for error in refused:
+        print(f"left out: {error}", file=sys.stderr)
+    return [list(each) for each in zip(*found, strict=True)]
 
 
 def _generated(asked: Asked) -> list[Prediction]:
