@@ -182,8 +182,8 @@ def predictions(asked: Asked) -> list[list[Prediction]]:
             refused.append(error)
     if not found:
         raise refused[0]
-    for error in refused:
-        print(f"left out: {error}", file=sys.stderr)
+    for reason in refused:
+        print(f"left out: {reason}", file=sys.stderr)
     return [list(each) for each in zip(*found, strict=True)]
 
 
