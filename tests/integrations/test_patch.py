@@ -434,6 +434,7 @@ def test_replicas_of_data_parallel_use_themselves() -> None:
 
 def test_wrapped_and_unwrapped_by_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a run in this process has left its own
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     model, inputs = clip()
     vlmfast.patch(model)
