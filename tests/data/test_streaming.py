@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -285,6 +286,21 @@ def test_a_loader_goes_on_with_the_same_samples(shards: list[str], workers: int)
         after.load_state_dict(state)
         assert list(islice(after, len(whole) - stop)) == whole[stop:]
         assert after.state_dict() != state
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"seed": -1}, ValueError, "seed: expected at least 0, got -1"),
+        ({"keywords": 2.0}, ValueError, "keywords: expected a probability, got 2.0"),
+        ({"requires": "caption"}, TypeError, "requires: expected a list or tuple of names of fields, got 'caption'"),
+        ({"buffer": 0}, ValueError, "buffer: expected at least 1, got 0"),
+        ({"attempts": 0}, ValueError, "attempts: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_options(shards: list[str], option: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        StreamingDataset(shards, transform=None, **option)
 
 
 def test_a_state_of_another_loader_is_refused(shards: list[str]) -> None:

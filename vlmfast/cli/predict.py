@@ -199,25 +199,21 @@ def _generated(asked: Asked) -> list[Prediction]:
 
 
 def _boxes(asked: Asked) -> list[Prediction]:
-    from vlmfast.tasks.boxes import in_file
+    from vlmfast.tasks.boxes import detected
 
-    model = asked.model
+    model, phrases = asked.model, None
     batch = asked.batch(model.collator(asked.options, asked.tokenizer, train=False), [""])
-    pixels, more = batch["pixel_values"], {name: batch[name] for name in ("image_sizes",) if name in batch}
     if getattr(model, "open_vocabulary", False):
         if not asked.texts:
             raise UsageError(f"--text is needed: names for {type(model).__name__} to look for")
-        several = model.detect(pixels, [asked.texts] * len(asked.samples), tokenizer=asked.tokenizer, **more)
-        names = dict(enumerate(asked.texts))
+        phrases, names = [asked.texts] * len(asked.samples), dict(enumerate(asked.texts))
     else:
-        several = model.detect(pixels, **more)
         names = {int(key): name for key, name in model.config.id2label.items()}
     found = []
-    for place, (one, size) in enumerate(zip(several, asked.sizes, strict=True)):
-        kept = (one["scores"] >= SURE).cpu()
-        boxes = in_file(one["boxes"].cpu()[kept], batch, place, size)
-        labels = [names[label] for label in one["labels"].cpu()[kept].tolist()]
-        found.append(Prediction("boxes", labels, one["scores"].cpu()[kept].tolist(), boxes.tolist()))
+    for one in detected(model, batch, phrases, asked.tokenizer, asked.sizes):
+        kept = one["scores"] >= SURE
+        labels = [names[label] for label in one["labels"][kept].tolist()]
+        found.append(Prediction("boxes", labels, one["scores"][kept].tolist(), one["boxes"][kept].tolist()))
     return found
 
 

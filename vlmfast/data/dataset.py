@@ -164,6 +164,16 @@ class Recipe:
         return images
 
 
+def check_options(seed: int, keywords: float, requires: Sequence[str]) -> None:
+    """What `ImageTextDataset` and a stream say of them where they are out of range or of a wrong type."""
+    if seed < 0:
+        raise ValueError(f"seed: expected at least 0, got {seed}")
+    if not 0 <= keywords <= 1:
+        raise ValueError(f"keywords: expected a probability, got {keywords}")
+    if not isinstance(requires, list | tuple) or not all(isinstance(name, str) for name in requires):
+        raise TypeError(f"requires: expected a list or tuple of names of fields, got {requires!r}")
+
+
 def _key(pairs: Files, index: int) -> str:
     """The key as text that can be written: file names need not be UTF-8."""
     return pairs.key(index).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -210,14 +220,9 @@ class ImageTextDataset(Dataset[Sample | None]):
         requires: Sequence[str] = ("caption",),
         min_batch: int = 0,
     ) -> None:
-        if seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {seed}")
-        if not 0 <= keywords <= 1:
-            raise ValueError(f"keywords: expected a probability, got {keywords}")
+        check_options(seed, keywords, requires)
         if min_batch < 0:
             raise ValueError(f"min_batch: expected at least 0, got {min_batch}")
-        if not isinstance(requires, list | tuple) or not all(isinstance(name, str) for name in requires):
-            raise TypeError(f"requires: expected a list or tuple of names of fields, got {requires!r}")
         self.source = source
         self.transform = transform
         self.keywords = keywords

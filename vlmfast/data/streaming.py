@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vlmfast.data.dataset import Recipe, Sample, Source
+from vlmfast.data.dataset import Recipe, Sample, Source, check_options
 from vlmfast.data.records import URL
 from vlmfast.data.stream_shards import RawSample, opened, read_shard, shard_urls
 from vlmfast.data.transforms import Transform
@@ -50,6 +50,7 @@ class StreamingDataset(IterableDataset[Sample]):
         rank, world_size: of the process; every process is given all shards and takes its share.
     Raises:
         FileNotFoundError: a local shard is not there.
+        TypeError: requires is no list or tuple of names.
         ValueError: nothing opens such a source, or an argument is out of its range; while it is read, when
             FRUITLESS shards give no sample, or UNUSABLE samples cannot be used.
     """
@@ -70,11 +71,10 @@ class StreamingDataset(IterableDataset[Sample]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        for name, value, least in (("seed", seed, 0), ("buffer", buffer, 1), ("attempts", attempts, 1)):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if not 0 <= keywords <= 1:
-            raise ValueError(f"keywords: expected a probability, got {keywords}")
+        check_options(seed, keywords, requires)
+        for name, value in (("buffer", buffer), ("attempts", attempts)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
         self.source = source

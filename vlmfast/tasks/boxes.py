@@ -83,6 +83,34 @@ def in_file(boxes: Tensor, batch: dict[str, Any], place: int, size: tuple[int, i
     return from_model(boxes, (pixels.shape[2], pixels.shape[1]), size)
 
 
+def detected(
+    model: Any,
+    batch: dict[str, Any],
+    phrases: Sequence[Sequence[str]] | None,
+    tokenizer: Any,
+    sizes: Sequence[tuple[int, int]],
+) -> list[dict[str, Tensor]]:
+    """What a model's `detect` finds in the images of a batch, on the CPU, boxes float64 in pixels of the image files.
+
+    Args:
+        batch: of the model's collator.
+        phrases: of each image what an open-vocabulary model is to look for; None for a closed one.
+        sizes: width and height of each file.
+    """
+    more: dict[str, Any] = {name: batch[name] for name in ("image_sizes",) if name in batch}
+    if phrases is not None:
+        more["tokenizer"] = tokenizer
+    found = model.detect(batch["pixel_values"], phrases, **more)
+    return [
+        {
+            "boxes": in_file(one["boxes"].cpu(), batch, place, size),
+            "scores": one["scores"].float().cpu(),
+            "labels": one["labels"].cpu(),
+        }
+        for place, (one, size) in enumerate(zip(found, sizes, strict=True))
+    ]
+
+
 def stretched(boxes: Tensor, size: tuple[int, int], other: tuple[int, int]) -> Tensor:
     """Boxes of an image at the same place of another."""
     return boxes.double() * torch.tensor([other[0] / size[0], other[1] / size[1]] * 2, dtype=torch.float64)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlmfast.data import ImageTextDataset
 from vlmfast.tasks.batches import cycle, evaluating
-from vlmfast.tasks.boxes import image_sizes, in_file, stretched, to_model
+from vlmfast.tasks.boxes import detected, image_sizes, stretched, to_model
 from vlmfast.tasks.page import ACCENT, INK, RIGHT, Cell, gallery
 from vlmfast.tasks.scores import Compared
 from vlmfast.tasks.task import Options, Run, Task
@@ -103,20 +103,15 @@ class Detection(Task):
         found = {}
         with evaluating(run.model):
             for batch, indices, _ in run.batches(run.dataset, collator, "detect"):
-                pixels = batch["pixel_values"]
-                more = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
-                if asked:
-                    several = run.model.detect(pixels, [names] * len(indices), tokenizer=run.tokenizer, **more)
-                else:
-                    several = run.model.detect(pixels, None, **more)
-                for place, (index, one) in enumerate(zip(indices, several, strict=True)):
+                phrases = [names] * len(indices) if asked else None
+                several = detected(run.model, batch, phrases, run.tokenizer, [sizes[index] for index in indices])
+                for index, one in zip(indices, several, strict=True):
                     labels = one["labels"].tolist()
                     places = labels if asked else [by_name.get(own.get(label, ""), -1) for label in labels]
                     kept = torch.tensor([label >= 0 for label in places], dtype=torch.bool)
-                    boxes = in_file(one["boxes"].cpu()[kept], batch, place, sizes[index])
                     found[index] = {
-                        "boxes": boxes.float(),
-                        "scores": one["scores"].float().cpu()[kept],
+                        "boxes": one["boxes"][kept].float(),
+                        "scores": one["scores"][kept],
                         "labels": torch.tensor(places, dtype=torch.int64)[kept],
                     }
         return found

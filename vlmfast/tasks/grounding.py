@@ -2,9 +2,9 @@
 
 A model scores regions for phrases (`phrase_scores`), or detects what phrases name (`detect`). Regions are those that
 the model finds itself; or those of the features, "boxes" (R, 4) in pixels of the image file; or, without features, the
-objects of the record. What stands
-beside the accuracy: `blind`, with images (and features) shuffled among samples; `majority`, always the largest box that
-there is to choose; `chance`, any of them; `upper bound`, the best of them, which no choice can exceed.
+objects of the record. What stands beside the accuracy: `blind`, with images (and features) shuffled among samples;
+`majority`, always the largest box that there is to choose; `chance`, any of them; `upper bound`, the best of them,
+which no choice can exceed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlmfast.data.phrases import phrase_mask
 from vlmfast.tasks.batches import Blind, Collate, evaluating
-from vlmfast.tasks.boxes import area, image_sizes, in_file, overlap, stretched, to_model
+from vlmfast.tasks.boxes import area, detected, image_sizes, in_file, overlap, stretched, to_model
 from vlmfast.tasks.page import ACCENT, INK, MUTED, RIGHT, WRONG, Cell, gallery
 from vlmfast.tasks.scores import Compared
 from vlmfast.tasks.task import Run, Task, Trainable
@@ -139,15 +139,13 @@ class Grounding(Task):
                         found[index] = [(place, boxes) for place in best]
                     continue
                 asked = [[s.caption[slice(*p.span)] for p in phrases[i]] for i, s in zip(indices, samples, strict=True)]
-                more = {"image_sizes": batch["image_sizes"]} if "image_sizes" in batch else {}
-                several = run.model.detect(batch["pixel_values"], asked, tokenizer=run.tokenizer, **more)
-                for row, (index, one) in enumerate(zip(indices, several, strict=True)):
+                several = detected(run.model, batch, asked, run.tokenizer, [sizes[index] for index in indices])
+                for index, one in zip(indices, several, strict=True):
                     found[index] = []
                     for number in range(len(phrases[index])):
-                        mine = (one["labels"] == number).cpu()
-                        boxes = in_file(one["boxes"].cpu()[mine], batch, row, sizes[index])
-                        place = int(one["scores"].cpu()[mine].argmax()) if len(boxes) else -1
-                        found[index].append((place, boxes))
+                        mine = one["labels"] == number
+                        place = int(one["scores"][mine].argmax()) if mine.any() else -1
+                        found[index].append((place, one["boxes"][mine]))
         return found
 
 

@@ -161,10 +161,10 @@ class DetectionCollator:
         for box, name, attributes in named_objects(record):
             if name not in self.names:
                 continue
-            left, right = (min(max(x * scale[0], 0.0), width) for x in box[0::2])
-            top, bottom = (min(max(y * scale[1], 0.0), height) for y in box[1::2])
-            if right - left < 1 or bottom - top < 1:
+            sides = resized_box(box, scale, width, height)
+            if sides is None:
                 continue
+            left, top, right, bottom = sides
             if turned:
                 left, right = width - right, width - left
             numbers = [self.attributes[each] for each in attributes if each in self.attributes]
@@ -173,17 +173,35 @@ class DetectionCollator:
 
 
 def named_objects(record: dict[str, Any]) -> list[tuple[list[float], str, list[str]]]:
-    """Box, name and attributes of the objects of a record that have a name and a box of four numbers, crowds apart."""
+    """Box, name and attributes of the objects of a record that have a name and a box, as `box_of` has it."""
     found = []
     for each in record.get("objects") or ():
-        if not isinstance(each, dict) or each.get("crowd") or not isinstance(each.get("name"), str):
-            continue
-        box = each.get("box")
-        if isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) and isfinite(x) for x in box):
+        box = box_of(each)
+        if box is not None and isinstance(each.get("name"), str):
             attributes = each.get("attributes")
             said = [one for one in attributes if isinstance(one, str)] if isinstance(attributes, list) else []
             found.append((box, each["name"], said))
     return found
+
+
+def box_of(each: Any) -> list[float] | None:
+    """The box of a record's object, where that is no crowd and has one of four finite numbers."""
+    box = each.get("box") if isinstance(each, dict) and not each.get("crowd") else None
+    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) and isfinite(x) for x in box)
+    return box if numbers else None
+
+
+def resized_box(box: Sequence[float], scale: tuple[float, float], width: int, height: int) -> list[float] | None:
+    """A box in pixels of the resized image and within it; None where it is less than a pixel wide or high.
+
+    Args:
+        box: left, top, right, bottom, in pixels of the image that was.
+        scale: the resized width and height over those of before.
+        width, height: of the resized image.
+    """
+    left, right = (min(max(x * scale[0], 0.0), width) for x in box[0::2])
+    top, bottom = (min(max(y * scale[1], 0.0), height) for y in box[1::2])
+    return None if right - left < 1 or bottom - top < 1 else [left, top, right, bottom]
 
 
 def _stack(images: Sequence[Sequence[tuple[list[float], int, list[int]]]]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmfast.data import Collator, Sample
 from vlmfast.data.phrases import phrase_mask
 from vlmfast.data.text import usable
-from vlmfast.models.detection.batches import Sizes, pad
+from vlmfast.models.detection.batches import Sizes, box_of, pad, resized_box
 
 Span = tuple[int, int]
 
@@ -143,13 +143,11 @@ def _objects(
 ) -> dict[int, tuple[list[float], str]]:
     """By its place in the record, of each object that has one its box in pixels of the resized image, and its name."""
     found = {}
-    scale = [resized[side % 2] / size[side % 2] for side in range(4)]
+    scale = (resized[0] / size[0], resized[1] / size[1])
     for place, each in enumerate(record.get("objects") or ()):
-        box = each.get("box") if isinstance(each, dict) and not each.get("crowd") else None
-        if not isinstance(box, list) or len(box) != 4:
-            continue
-        sides = [min(max(x * s, 0.0), resized[k % 2]) for k, (x, s) in enumerate(zip(box, scale, strict=True))]
-        if sides[2] - sides[0] >= 1 and sides[3] - sides[1] >= 1:
+        box = box_of(each)
+        sides = None if box is None else resized_box(box, scale, *resized)
+        if sides is not None:
             found[place] = (sides, str(each.get("name") or ""))
     return found
 
