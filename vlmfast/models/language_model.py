@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vlmfast.data.text import gguf_file
 from vlmfast.models.checkpoints import find, load_auto, making, reading
+from vlmfast.models.contract import eval_mode
 
 POSITIONS = 512  # of a small GPT-2: four examples with their images, and a question
 
@@ -86,13 +87,11 @@ def check_language_model(name: str, model: PreTrainedModel) -> None:
     needed = {"inputs_embeds", "attention_mask"} - signature(model.base_model.forward).parameters.keys()
     if needed:
         raise ValueError(f"{name}: expected a language model that reads {' and '.join(sorted(needed))}")
-    training = model.training
-    model.eval()
     embeddings = model.get_input_embeddings()(torch.arange(2, device=model.device)[None])
     mask = torch.ones(1, 2, dtype=torch.long, device=model.device)
-    expected = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
-    found = output_head(model)(last_hidden_states(model, embeddings, mask, mask.cumsum(1) - 1))
-    model.train(training)
+    with eval_mode(model):
+        expected = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
+        found = output_head(model)(last_hidden_states(model, embeddings, mask, mask.cumsum(1) - 1))
     if not torch.allclose(found, expected.to(found.dtype), rtol=1e-3, atol=1e-3):
         kind = model.config.model_type
         raise ValueError(f"{name}: expected logits that are linear in the last hidden states, got {kind!r} with others")

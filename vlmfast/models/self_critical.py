@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vlmfast.data.records import text_of
 from vlmfast.data.words import PUNCTUATION, words_of
+from vlmfast.models.contract import eval_mode
 from vlmfast.nn.prefix import IGNORED
 from vlmfast.ops import linear_cross_entropy
 
@@ -150,9 +151,7 @@ class SelfCritical:
 
     def _search(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, given: dict[str, Any]) -> Tensor:
         """Token ids (B * beams, L)."""
-        training = model.training
-        model.eval()
-        try:
+        with eval_mode(model):
             found: Tensor = model.generate(
                 input_ids,
                 attention_mask,
@@ -162,8 +161,6 @@ class SelfCritical:
                 num_return_sequences=self._beams,
                 length_penalty=0.0,
             )
-        finally:
-            model.train(training)
         return found
 
 

@@ -212,6 +212,8 @@ def sample(seed: int = 0, **record: Any) -> Sample:
         {"name": "no box"},
         {"box": [0, 0, 0.5, 50], "name": "thin"},
         {"box": [30, 30, 60, 60], "name": "cat"},
+        {"box": [0, 0, float("inf"), 9], "name": "endless"},
+        {"box": [0, "0", 9, 9], "name": "words"},
     ]
     caption = "two cats beside a dog"
     phrases = [{"span": [0, 8], "objects": [0, 4]}, {"span": [16, 21], "objects": [1, 2]}]

@@ -36,8 +36,7 @@ Departures:
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,7 +49,7 @@ from transformers.utils import ModelOutput
 from typing_extensions import Self
 
 from vlmfast.data import Transform
-from vlmfast.models.contract import Pretrainable, fingerprint
+from vlmfast.models.contract import Pretrainable, eval_mode, fingerprint
 from vlmfast.models.detection.batches import DetectionCollator, Group, Sizes, WholeImage, groups, named_objects, pad
 from vlmfast.models.detection.config import LONGER, FasterRCNNConfig, FasterRCNNOptions
 from vlmfast.models.detection.regions import Scored, Selection, as_batch, describe, detections, select
@@ -309,7 +308,7 @@ class FasterRCNNModel(Pretrainable, PreTrainedModel):
         """
         if phrases is not None:
             raise ValueError(f"phrases: expected None, as the classes of this detector are fixed, got {phrases!r}")
-        with self._evaluating():
+        with eval_mode(self):
             return [detections(scored) for scored in self._scored(pixel_values, image_sizes)]
 
     @torch.no_grad()
@@ -331,7 +330,7 @@ class FasterRCNNModel(Pretrainable, PreTrainedModel):
         sizes = Sizes(self.config.image_size, self.config.longer_size)
         pixel_values, image_sizes = pad([sizes.resize(image) for image in images])
         found = []
-        with self._evaluating():
+        with eval_mode(self):
             several = self._scored(pixel_values.to(self.device), image_sizes)
             for image, seen, scored in zip(images, image_sizes.tolist(), several, strict=True):
                 places, labels = select(scored, selection)
@@ -399,16 +398,6 @@ class FasterRCNNModel(Pretrainable, PreTrainedModel):
             for place, size, own, probabilities, each in zip(places, sizes, *parts, strict=True):
                 found[place] = Scored(clip_boxes_to_image(own, size), probabilities, each)
         return [found[place] for place in range(len(pixel_values))]
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode, and afterwards the mode of before: batch norm then reads no batch."""
-        training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(training)
 
 
 def _numbers(names: Sequence[str]) -> Mapping[str, int]:

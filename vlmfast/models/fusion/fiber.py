@@ -46,18 +46,18 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerMLMHead
 from transformers.utils import ModelOutput, can_return_tuple
-from typing_extensions import Self
 
 from vlmfast.data import Collator
 from vlmfast.models.checkpoints import check_numbers
-from vlmfast.models.contract import JointFeatures, Pretrainable
+from vlmfast.models.contract import JointFeatures
 from vlmfast.models.fusion.fiber_captions import Captioning, PromptCollator
-from vlmfast.models.fusion.fiber_config import FIBERConfig, FIBEROptions, small_roberta, small_swin
-from vlmfast.models.fusion.fiber_parts import Backbone, Image, Pooler, Text, loaded_towers
+from vlmfast.models.fusion.fiber_config import FIBERConfig, FIBEROptions
+from vlmfast.models.fusion.fiber_model import FusedTowers
+from vlmfast.models.fusion.fiber_parts import Backbone, Image, Pooler, Text
 from vlmfast.models.fusion.fiber_queue import PairQueue, raw_pairs
 from vlmfast.models.gathered import Shards
 from vlmfast.models.masked_pairs import MaskedPairCollator
-from vlmfast.models.masked_words import groups_of_two_rates, grow_bias, masked_word_loss
+from vlmfast.models.masked_words import masked_word_loss
 from vlmfast.models.matching import caption_codes, draw_negatives, hard_pairs, matching_loss
 
 TEMPERATURES = (0.001, 1.0)
@@ -83,23 +83,15 @@ class FIBEROutput(ModelOutput):
     pooled: Tensor | None = None
 
 
-class FIBERModel(Captioning, Pretrainable, PreTrainedModel):
+class FIBERModel(Captioning, FusedTowers, PreTrainedModel):
     """Towers, fusions and heads of one objective, and nothing that it does not read; see the top of this file."""
 
     config: FIBERConfig
     config_class = FIBERConfig
     base_model_prefix = "fiber"
-    main_input_name = "pixel_values"
     Options = FIBEROptions
-    strategy, paper = "fusion", "Dou et al. 2022 (2206.07643)"
+    paper = "Dou et al. 2022 (2206.07643)"
     tasks = ("retrieval", "vqa")
-    training_defaults: ClassVar[dict[str, Any]] = {
-        "learning_rate": 1e-4,
-        "weight_decay": 0.01,
-        "adam_beta2": 0.98,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 0.1,
-    }
     special_tokens: ClassVar[dict[str, str]] = {"mask_token": "<|mask|>"}
     new_parts = (
         "towers.t2i.",
@@ -111,8 +103,7 @@ class FIBERModel(Captioning, Pretrainable, PreTrainedModel):
         "temperature",
         "queue.",
     )
-    accepts_loss_kwargs = False
-    _supports_sdpa = True
+    fast = ("cross_modal", "t2i", "i2t")
 
     def __init__(self, config: FIBERConfig) -> None:
         super().__init__(config)
@@ -144,29 +135,15 @@ class FIBERModel(Captioning, Pretrainable, PreTrainedModel):
             self.generate, self.prompt_collator = self._generate, self._prompt_collator
         self.post_init()
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        return False  # else transformers passes over modules without parameters of their own
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Of what is in no tower: normal of 0.02, as BERT's. The towers' classes draw their own."""
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, BridgeTowerMLMHead):
+        super()._init_weights(module)
+        if isinstance(module, BridgeTowerMLMHead):
             init.zeros_(module.bias)
         elif isinstance(module, PairQueue):
             for buffer in module.buffers():
                 init.zeros_(buffer)
-        for name in ("alpha_t2i", "alpha_i2t"):
-            if hasattr(module, name):
-                init.zeros_(getattr(module, name))
-        if module is self and self.temperature is not None:
+        elif module is self and self.temperature is not None:
             init.constant_(self.temperature, self.config.temperature_init_value)
 
     @classmethod
@@ -176,22 +153,12 @@ class FIBERModel(Captioning, Pretrainable, PreTrainedModel):
         return {**chosen, **super().overrides(options)}
 
     @classmethod
-    def create(cls, options: Any, tokenizer: Any, **overrides: Any) -> Self:
-        """A new model from the options, its towers new or pretrained ones."""
-        vision, text, normalised = loaded_towers(options)
-        settings = {
-            "hidden_size": text.config.hidden_size if text is not None else options.width,
-            "num_fused_layers": options.fused_layers,
+    def settings(cls, options: Any, text: Any) -> dict[str, Any]:
+        return {
+            "hidden_size": text.hidden_size,
             "queued_pairs": options.queued_pairs or 0,
             "queued_tokens": options.max_length,
-            **normalised,
-            **overrides,
         }
-        vision_config = small_swin(options) if vision is None else vision.config
-        text_config = small_roberta(options, tokenizer) if text is None else text.config
-        model = cls(cls.config_class(vision_config, text_config, **settings))
-        model.towers.copy_from(vision, text)
-        return model.eval()
 
     def collator(self, options: Any, tokenizer: Any, *, train: bool) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """Image and caption; in training with masked tokens, and the numbers by which wrong pairs are drawn."""
@@ -204,35 +171,6 @@ class FIBERModel(Captioning, Pretrainable, PreTrainedModel):
     def _prompt_collator(self, options: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         """Image and the words that a caption begins with; `prompt_collator`."""
         return PromptCollator(Collator(tokenizer, max_length=options.max_length), tokenizer)
-
-    @property
-    def max_text_length(self) -> int:
-        """Tokens of a text at most, as RoBERTa counts its positions."""
-        text = self.config.text_config
-        return int(text.max_position_embeddings - text.pad_token_id - 1)
-
-    def get_input_embeddings(self) -> nn.Module:
-        embeddings: nn.Module = self.towers.text_model.get_input_embeddings()
-        return embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.towers.text_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return None if self.mlm_score is None else self.mlm_score.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        if self.mlm_score is not None:
-            self.mlm_score.decoder = new_embeddings
-
-    @torch.no_grad()
-    def resize_vocabulary(self, size: int) -> None:
-        """Makes room for tokens at the end; what was there stays."""
-        super().resize_vocabulary(size)
-        if self.mlm_score is not None:
-            grow_bias(self.mlm_score, size)
-        for config in (self.config.text_config, self.towers.text_model.config):
-            config.vocab_size = size
 
     @can_return_tuple
     def forward(
@@ -389,17 +327,6 @@ class FIBERModel(Captioning, Pretrainable, PreTrainedModel):
         out = self(pixel_values, input_ids, attention_mask)
         return JointFeatures(out.pooled, out.text_states, out.image_states, attention_mask)
 
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """What fuses and what follows it at `lr_factor` times the rate; gains, biases and scalars do not decay."""
-        parts = ("cross_modal", "t2i", "i2t")
-        return groups_of_two_rates(
-            self.named_parameters(),
-            lambda name: any(part in name for part in parts),
-            lr=lr,
-            factor=self.config.lr_factor,
-            weight_decay=weight_decay,
-        )
-
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         """Keeps the temperature in TEMPERATURES."""
@@ -408,9 +335,5 @@ class FIBERModel(Captioning, Pretrainable, PreTrainedModel):
 
     def metrics(self) -> dict[str, float]:
         """The temperature, where there is one, and the mean size of the gates of either side."""
-        found = {} if self.temperature is None else {"temperature": self.temperature.item()}
-        for name, side in (("t2i", self.towers.t2i), ("i2t", self.towers.i2t)):
-            if side is not None:
-                gates = [getattr(fusion, f"alpha_{name}").detach().abs() for fusion in side]
-                found[f"alpha_{name}"] = torch.cat(gates).mean().item()
-        return found
+        own = {} if self.temperature is None else {"temperature": self.temperature.item()}
+        return own | super().metrics()

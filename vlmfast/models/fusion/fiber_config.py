@@ -15,27 +15,19 @@ from vlmfast.models.contract import ImageTextOptions, Options
 OBJECTIVES = ("pretraining", "matching", "contrast", "captioning")
 
 
-class FIBERConfig(PreTrainedConfig):
-    """A Swin, a RoBERTa, and what fuses them.
+class FusedTowersConfig(PreTrainedConfig):
+    """Of a Swin and a RoBERTa that are fused, which both stages of FIBER stand on.
 
     Args:
         vision_config, text_config: transformers' SwinConfig and RobertaConfig, or dicts.
         num_fused_layers: of RoBERTa's last layers and Swin's last blocks, in pairs; fewer than either tower has.
-        objective: "pretraining" is MLM + ITM + ITC, "matching" ITM + ITC, "contrast" ITC alone, without fusion, and
-            "captioning" the encoder-decoder.
-        hidden_size: H, of what heads read.
-        queued_pairs: pairs of earlier batches that ITC and ITM see besides; 0 for none.
-        queued_tokens: of a text, that the queue keeps at most.
-        temperature_init_value: T.
-        mask_probability: of a token, in MLM.
-        lr_factor: by which the fusions and cross-modal layers learn faster than the towers.
+        lr_factor: by which what fuses learns faster than the rest.
         image_mean, image_std: per channel, of pixels in [0, 1]; they normalise uint8 pixels only.
         Others as PreTrainedConfig.
     Raises:
-        ValueError: sizes do not go together, or the objective is none of OBJECTIVES.
+        ValueError: sizes do not go together.
     """
 
-    model_type = "fiber"
     sub_configs: ClassVar[dict[str, Any]] = {
         "vision_config": transformers.SwinConfig,
         "text_config": transformers.RobertaConfig,
@@ -47,12 +39,6 @@ class FIBERConfig(PreTrainedConfig):
         text_config: Any = None,
         *,
         num_fused_layers: int = 6,
-        objective: str = "pretraining",
-        hidden_size: int = 768,
-        queued_pairs: int = 4096,
-        queued_tokens: int = 50,
-        temperature_init_value: float = 0.07,
-        mask_probability: float = 0.15,
         lr_factor: float = 5.0,
         image_mean: Sequence[float] = tuple(IMAGENET_DEFAULT_MEAN),
         image_std: Sequence[float] = tuple(IMAGENET_DEFAULT_STD),
@@ -62,28 +48,68 @@ class FIBERConfig(PreTrainedConfig):
             kind = self.sub_configs[name]
             setattr(self, name, given if isinstance(given, PreTrainedConfig) else kind(**(given or {})))
         self.num_fused_layers = num_fused_layers
+        self.lr_factor = lr_factor
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self._check()
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        text, vision = self.text_config, self.vision_config
+        most = min(text.num_hidden_layers, sum(vision.depths)) - 1
+        if not 1 <= self.num_fused_layers <= most:
+            raise ValueError(
+                f"num_fused_layers: expected 1 to {most}, fewer than a tower has layers; got {self.num_fused_layers}"
+            )
+        if getattr(text, "is_decoder", False) or getattr(text, "add_cross_attention", False):
+            raise ValueError("text_config: expected an encoder, got is_decoder or add_cross_attention")
+
+
+class FIBERConfig(FusedTowersConfig):
+    """Of the coarse stage.
+
+    Args:
+        objective: "pretraining" is MLM + ITM + ITC, "matching" ITM + ITC, "contrast" ITC alone, without fusion, and
+            "captioning" the encoder-decoder.
+        hidden_size: H, of what heads read.
+        queued_pairs: pairs of earlier batches that ITC and ITM see besides; 0 for none.
+        queued_tokens: of a text, that the queue keeps at most.
+        temperature_init_value: T.
+        mask_probability: of a token, in MLM.
+        Others as FusedTowersConfig; the cross-modal layers learn at `lr_factor` times the rate too.
+    Raises:
+        ValueError: sizes do not go together, or the objective is none of OBJECTIVES.
+    """
+
+    model_type = "fiber"
+
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        *,
+        objective: str = "pretraining",
+        hidden_size: int = 768,
+        queued_pairs: int = 4096,
+        queued_tokens: int = 50,
+        temperature_init_value: float = 0.07,
+        mask_probability: float = 0.15,
+        **kwargs: Any,
+    ) -> None:
         self.objective = objective
         self.hidden_size = hidden_size
         self.queued_pairs = queued_pairs
         self.queued_tokens = queued_tokens
         self.temperature_init_value = temperature_init_value
         self.mask_probability = mask_probability
-        self.lr_factor = lr_factor
-        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        super().__init__(vision_config, text_config, **kwargs)
         # What the MLM head of transformers reads beside hidden_size.
         self.hidden_act, self.layer_norm_eps = self.text_config.hidden_act, self.text_config.layer_norm_eps
-        self._check()
-        super().__init__(**kwargs)
 
     def _check(self) -> None:
-        text, vision = self.text_config, self.vision_config
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}; got {self.objective!r}")
-        most = min(text.num_hidden_layers, sum(vision.depths)) - 1
-        if not 1 <= self.num_fused_layers <= most:
-            raise ValueError(
-                f"num_fused_layers: expected 1 to {most}, fewer than a tower has layers; got {self.num_fused_layers}"
-            )
+        super()._check()
+        vision = self.vision_config
         side = vision.image_size // vision.patch_size
         for _ in vision.depths[1:]:
             side = (side + 1) // 2
@@ -95,8 +121,6 @@ class FIBERConfig(PreTrainedConfig):
             raise ValueError(f"queued_pairs: expected at least 0, got {self.queued_pairs}")
         if not 0 <= self.mask_probability <= 1:
             raise ValueError(f"mask_probability: expected a probability, got {self.mask_probability}")
-        if getattr(text, "is_decoder", False) or getattr(text, "add_cross_attention", False):
-            raise ValueError("text_config: expected an encoder, got is_decoder or add_cross_attention")
 
 
 @dataclass

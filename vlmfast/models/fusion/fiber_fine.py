@@ -31,8 +31,7 @@ Departures from the released code:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,18 +40,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
-from typing_extensions import Self
 
 from vlmfast.data import Transform
 from vlmfast.data.phrases import phrase_mask
 from vlmfast.models.checkpoints import check_numbers
-from vlmfast.models.contract import Pretrainable
+from vlmfast.models.contract import eval_mode
 from vlmfast.models.detection.batches import Group, Sizes, WholeImage, groups
-from vlmfast.models.fusion.fiber_config import small_roberta, small_swin
 from vlmfast.models.fusion.fiber_fine_batches import GroundingCollator, Prompt, names_of, prompts
 from vlmfast.models.fusion.fiber_fine_config import LONGER, FIBERFineConfig, FIBERFineOptions
-from vlmfast.models.fusion.fiber_parts import Backbone, Image, loaded_towers
-from vlmfast.models.masked_words import groups_of_two_rates
+from vlmfast.models.fusion.fiber_model import FusedTowers
+from vlmfast.models.fusion.fiber_parts import Backbone, Image
 
 
 @dataclass
@@ -65,29 +62,22 @@ class FIBERFineOutput(ModelOutput):
     centerness: Tensor | None = None
 
 
-class FIBERFineModel(Pretrainable, PreTrainedModel):
+class FIBERFineModel(FusedTowers, PreTrainedModel):
     """See the top of this file. torchvision is needed to make one."""
 
     config: FIBERFineConfig
     config_class = FIBERFineConfig
     base_model_prefix = "fiber_fine"
-    main_input_name = "pixel_values"
     Options = FIBERFineOptions
-    strategy, paper = "fusion", "Dou et al. 2022 (2206.07643), fine stage"
+    paper = "Dou et al. 2022 (2206.07643), fine stage"
     tasks = ("detection", "grounding")
     requires = ("objects",)
     open_vocabulary = True
     training_defaults: ClassVar[dict[str, Any]] = {
-        "learning_rate": 1e-4,
-        "weight_decay": 0.01,
-        "adam_beta2": 0.98,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 0.1,
+        **FusedTowers.training_defaults,
         "per_device_train_batch_size": 16,
     }
     new_parts = ("towers.t2i.", "towers.i2t.", "level_norms.", "pyramid.", "head.")
-    accepts_loss_kwargs = False
-    _supports_sdpa = True
 
     def __init__(self, config: FIBERFineConfig) -> None:
         super().__init__(config)
@@ -111,21 +101,11 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
         self._parts: dict[str, Tensor] = {}
         self.post_init()
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        return False  # else transformers passes over modules without parameters of their own
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Of what is in no tower: convolutions of the pyramid uniform, all else normal. Towers draw their own."""
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
+        """Convolutions of the pyramid uniform, others normal of 0.01."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
             if module in set(self.pyramid.modules()):
                 init.kaiming_uniform_(module.weight, a=1)
             else:
@@ -142,9 +122,6 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
             init.constant_(module.log_scale, self.config.log_scale_init)
             init.zeros_(module.bias_lang)
             init.constant_(module.bias0, prior_logit())
-        for name in ("alpha_t2i", "alpha_i2t"):
-            if hasattr(module, name):
-                init.zeros_(getattr(module, name))
 
     @classmethod
     def overrides(cls, options: Any) -> dict[str, Any]:
@@ -157,15 +134,8 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
         return {**chosen, **super().overrides(options)}
 
     @classmethod
-    def create(cls, options: Any, tokenizer: Any, **overrides: Any) -> Self:
-        """A new model from the options, its towers new or pretrained ones."""
-        vision, text, normalised = loaded_towers(options)
-        settings = {"num_fused_layers": options.fused_layers, **_sizes(options), **normalised, **overrides}
-        vision_config = small_swin(options) if vision is None else vision.config
-        text_config = small_roberta(options, tokenizer) if text is None else text.config
-        model = cls(cls.config_class(vision_config, text_config, **settings))
-        model.towers.copy_from(vision, text)
-        return model.eval()
+    def settings(cls, options: Any, text: Any) -> dict[str, Any]:
+        return _sizes(options)
 
     def training_data(self, options: Any, dataset: Any, tokenizer: Any = None) -> Any:
         """The dataset as it is; its names are those that an image is asked for in vain."""
@@ -194,25 +164,6 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
         return GroundingCollator(
             Sizes(side, longer), tokenizer, length, self._names if train else None, options.caption_share
         )
-
-    @property
-    def max_text_length(self) -> int:
-        """Tokens of a text at most, as RoBERTa counts its positions."""
-        text = self.config.text_config
-        return int(text.max_position_embeddings - text.pad_token_id - 1)
-
-    def get_input_embeddings(self) -> nn.Module:
-        embeddings: nn.Module = self.towers.text_model.get_input_embeddings()
-        return embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.towers.text_model.set_input_embeddings(value)
-
-    def resize_vocabulary(self, size: int) -> None:
-        """Makes room for tokens at the end; what was there stays."""
-        super().resize_vocabulary(size)
-        for config in (self.config.text_config, self.towers.text_model.config):
-            config.vocab_size = size
 
     def forward(
         self,
@@ -321,7 +272,7 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
         made = {tuple(own): prompts(tokenizer, own, length) for own in phrases}
         asked = [made[tuple(own)] for own in phrases]
         results: list[Any] = [None] * len(pixel_values)
-        with self._evaluating():
+        with eval_mode(self):
             for places, images, sizes in self._groups(pixel_values, image_sizes):
                 found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in places]
                 encoded = self._encode(images)
@@ -387,33 +338,9 @@ class FIBERFineModel(Pretrainable, PreTrainedModel):
         stride = self.config.vision_config.patch_size * 2**self.first
         return self.head(list(self.pyramid(maps).values()), words, stride)
 
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """What fuses at `lr_factor` times the rate; gains, biases and scalars do not decay."""
-        return groups_of_two_rates(
-            self.named_parameters(),
-            lambda name: "t2i" in name or "i2t" in name,
-            lr=lr,
-            factor=self.config.lr_factor,
-            weight_decay=weight_decay,
-        )
-
     def metrics(self) -> dict[str, float]:
         """The parts of the last loss, and the mean size of the gates of either side."""
-        found = {name: value.item() for name, value in self._parts.items()}
-        for name, side in (("t2i", self.towers.t2i), ("i2t", self.towers.i2t)):
-            gates = [getattr(fusion, f"alpha_{name}").detach().abs() for fusion in side or ()]
-            found[f"alpha_{name}"] = torch.cat(gates).mean().item()
-        return found
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode, and afterwards the mode of before: nothing is dropped."""
-        training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(training)
+        return {name: value.item() for name, value in self._parts.items()} | super().metrics()
 
 
 def _sizes(options: Any) -> dict[str, Any]:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-import transformers
-from transformers import PreTrainedConfig
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from typing import Any
 
 from vlmfast.models.checkpoints import find, read_config
-from vlmfast.models.fusion.fiber_config import TowerOptions
+from vlmfast.models.fusion.fiber_config import FusedTowersConfig, TowerOptions
 
 LONGER = 1333 / 800
 """The longer side of an image at most, in shorter sides."""
@@ -28,69 +23,46 @@ COARSE = (
 """Fields of a coarse stage's config that have no meaning here."""
 
 
-class FIBERFineConfig(PreTrainedConfig):
-    """A Swin and a RoBERTa that are fused, a feature pyramid and DyHead. The paper's sizes by default.
+class FIBERFineConfig(FusedTowersConfig):
+    """Fused towers, a feature pyramid and DyHead. The paper's sizes by default.
 
     Args:
-        vision_config, text_config: transformers' SwinConfig and RobertaConfig, or dicts.
-        num_fused_layers: of RoBERTa's last layers and Swin's last blocks, in pairs; fewer than either tower has.
         head_channels: C, of the pyramid and the head.
         head_blocks: of DyHead.
         anchor_scale: side of the anchor at each place, in strides of its level.
         log_scale_init: s, before training.
         image_size, longer_size: pixels; the shorter side of an image is made `image_size`, unless the longer one
             would pass `longer_size`.
-        lr_factor: by which the fusions learn faster than the rest.
-        image_mean, image_std: per channel, of pixels in [0, 1].
-        Others as PreTrainedConfig.
+        Others as FusedTowersConfig.
     Raises:
         ValueError: a field is out of range.
     """
 
     model_type = "fiber_fine"
-    sub_configs: ClassVar[dict[str, Any]] = {
-        "vision_config": transformers.SwinConfig,
-        "text_config": transformers.RobertaConfig,
-    }
 
     def __init__(
         self,
         vision_config: Any = None,
         text_config: Any = None,
         *,
-        num_fused_layers: int = 6,
         head_channels: int = 256,
         head_blocks: int = 6,
         anchor_scale: float = 8.0,
         log_scale_init: float = 0.0,
         image_size: int = 800,
         longer_size: int = 1333,
-        lr_factor: float = 5.0,
-        image_mean: Sequence[float] = tuple(IMAGENET_DEFAULT_MEAN),
-        image_std: Sequence[float] = tuple(IMAGENET_DEFAULT_STD),
         **kwargs: Any,
     ) -> None:
-        for name, given in {"vision_config": vision_config, "text_config": text_config}.items():
-            kind = self.sub_configs[name]
-            setattr(self, name, given if isinstance(given, PreTrainedConfig) else kind(**(given or {})))
-        self.num_fused_layers = num_fused_layers
         self.head_channels = head_channels
         self.head_blocks = head_blocks
         self.anchor_scale = anchor_scale
         self.log_scale_init = log_scale_init
         self.image_size, self.longer_size = image_size, longer_size
-        self.lr_factor = lr_factor
-        self.image_mean, self.image_std = list(image_mean), list(image_std)
-        self._check()
-        super().__init__(**{name: value for name, value in kwargs.items() if name not in COARSE})
+        kept = {name: value for name, value in kwargs.items() if name not in COARSE}
+        super().__init__(vision_config, text_config, **kept)
 
     def _check(self) -> None:
-        text, vision = self.text_config, self.vision_config
-        most = min(text.num_hidden_layers, sum(vision.depths)) - 1
-        if not 1 <= self.num_fused_layers <= most:
-            raise ValueError(
-                f"num_fused_layers: expected 1 to {most}, fewer than a tower has layers; got {self.num_fused_layers}"
-            )
+        super()._check()
         for name in ("head_channels", "head_blocks", "image_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -99,10 +71,8 @@ class FIBERFineConfig(PreTrainedConfig):
             raise ValueError(f"longer_size: expected at least image_size {self.image_size}, got {self.longer_size}")
         if not self.anchor_scale > 0:
             raise ValueError(f"anchor_scale: expected a positive number, got {self.anchor_scale}")
-        if vision.use_absolute_embeddings:
+        if self.vision_config.use_absolute_embeddings:
             raise ValueError("vision_config: expected a Swin for images of any size, got use_absolute_embeddings")
-        if getattr(text, "is_decoder", False) or getattr(text, "add_cross_attention", False):
-            raise ValueError("text_config: expected an encoder, got is_decoder or add_cross_attention")
 
 
 @dataclass

@@ -55,13 +55,14 @@ from typing_extensions import Self
 
 from vlmfast.data import Collator
 from vlmfast.models.checkpoints import check_numbers
-from vlmfast.models.contract import JointFeatures, Pretrainable
+from vlmfast.models.contract import JointFeatures
 from vlmfast.models.gathered import Shards
 from vlmfast.models.masked.bridgetower_config import BridgeTowerConfig, BridgeTowerOptions
 from vlmfast.models.masked.bridgetower_parts import Encoded, Trunk, clip_tower, roberta_tower
 from vlmfast.models.masked_pairs import MaskedPairCollator
-from vlmfast.models.masked_words import groups_of_two_rates, grow_bias, masked_word_loss
+from vlmfast.models.masked_words import groups_of_two_rates, masked_word_loss
 from vlmfast.models.matching import caption_codes, draw_negatives, hard_pairs, matching_loss, unlike
+from vlmfast.models.roberta_text import ReadsRoBERTa
 from vlmfast.models.towers import normalisation
 from vlmfast.ops import info_nce
 
@@ -88,7 +89,7 @@ class BridgeTowerOutput(ModelOutput):
     pooled: Tensor | None = None
 
 
-class BridgeTowerForPreTraining(Pretrainable, BridgeTowerPreTrainedModel):
+class BridgeTowerForPreTraining(ReadsRoBERTa, BridgeTowerPreTrainedModel):
     """Towers, bridges and heads; see the top of this file.
 
     Names are those of transformers' BridgeTowerForMaskedLM and BridgeTowerForImageAndTextRetrieval, whose checkpoints
@@ -209,26 +210,8 @@ class BridgeTowerForPreTraining(Pretrainable, BridgeTowerPreTrainedModel):
         )
 
     @property
-    def max_text_length(self) -> int:
-        """Tokens of a text at most, as RoBERTa counts its positions."""
-        text = self.config.text_config
-        return int(text.max_position_embeddings - text.pad_token_id - 1)
-
-    @torch.no_grad()
-    def resize_vocabulary(self, size: int) -> None:
-        """Makes room for tokens at the end; what was there stays."""
-        super().resize_vocabulary(size)
-        if self.mlm_score is not None:
-            grow_bias(self.mlm_score, size)
-        for config in (self.config.text_config, self.bridgetower.text_model.config):
-            config.vocab_size = size
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return None if self.mlm_score is None else self.mlm_score.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        if self.mlm_score is not None:
-            self.mlm_score.decoder = new_embeddings
+    def text_tower(self) -> Any:
+        return self.bridgetower.text_model
 
     @can_return_tuple
     def forward(

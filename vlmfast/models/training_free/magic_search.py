@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from vlmfast.models.contract import eval_mode
 from vlmfast.models.language_model import last_hidden_states
 
 
@@ -88,26 +89,26 @@ def check_candidates(name: str, model: PreTrainedModel) -> None:
     Raises:
         ValueError: they have not, as where positions come from the mask (ALiBi), or the cache is of another kind.
     """
-    kind, training = model.config.model_type, model.training
+    kind = model.config.model_type
     ids = torch.tensor([[0, 1, 2], [3, 4, 5]], device=model.device) % model.get_input_embeddings().num_embeddings
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=model.device)
     choice = torch.tensor([1, 0], device=model.device)
-    model.eval()
     try:
-        prefix = Prefix(model, ids, mask)
-        if {type(layer) for layer in prefix.cache.layers} != {DynamicLayer}:
-            raise ValueError(f"{name}: expected a language model that keeps keys and values of all, got {kind!r}")
-        for _ in range(2):
-            states = prefix.candidates(ids[:, :2])
-            for column in range(2):
-                alone = torch.cat([ids, ids[:, column : column + 1]], dim=1)
-                seen = F.pad(mask, (0, alone.shape[1] - mask.shape[1]), value=1)
-                embeddings, positions = model.get_input_embeddings()(alone), (seen.cumsum(1) - 1).clamp(min=0)
-                expected = last_hidden_states(model, embeddings, seen, positions)[:, -1]
-                if not torch.allclose(states[:, column], expected, rtol=1e-3, atol=1e-3):
-                    raise ValueError("its states differ from those of one candidate alone")
-            prefix.take(states, choice)
-            ids = torch.cat([ids, ids.gather(1, choice[:, None])], dim=1)
+        with eval_mode(model):
+            prefix = Prefix(model, ids, mask)
+            if {type(layer) for layer in prefix.cache.layers} != {DynamicLayer}:
+                raise ValueError(f"{name}: expected a language model that keeps keys and values of all, got {kind!r}")
+            for _ in range(2):
+                states = prefix.candidates(ids[:, :2])
+                for column in range(2):
+                    alone = torch.cat([ids, ids[:, column : column + 1]], dim=1)
+                    seen = F.pad(mask, (0, alone.shape[1] - mask.shape[1]), value=1)
+                    embeddings, positions = model.get_input_embeddings()(alone), (seen.cumsum(1) - 1).clamp(min=0)
+                    expected = last_hidden_states(model, embeddings, seen, positions)[:, -1]
+                    if not torch.allclose(states[:, column], expected, rtol=1e-3, atol=1e-3):
+                        raise ValueError("its states differ from those of one candidate alone")
+                prefix.take(states, choice)
+                ids = torch.cat([ids, ids.gather(1, choice[:, None])], dim=1)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         if str(error).startswith(name):
             raise
@@ -115,8 +116,6 @@ def check_candidates(name: str, model: PreTrainedModel) -> None:
             f"{name}: expected a language model whose tokens see what a mask of four dimensions says, and that counts "
             f"positions by position_ids; {kind!r} does not: {error}"
         ) from error
-    finally:
-        model.train(training)
 
 
 def degeneration(states: Tensor, context: Tensor, mask: Tensor) -> Tensor:
