@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -56,7 +57,6 @@ class Run:
         data: pairs or scenes.
         train: options of `vlmfast train`, words with places in braces.
         evaluate: more options of `vlmfast eval`.
-        needs: runs before it.
     """
 
     system: str
@@ -64,7 +64,12 @@ class Run:
     data: str
     train: str
     evaluate: str = ""
-    needs: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> list[str]:
+        """What comes before it: what its options name in the output folder, and the scenes."""
+        named = re.findall(r"\{out\}/([\w-]+)", f"{self.train} {self.evaluate}")
+        return [*(["scenes"] if self.data == "scenes" else []), *(name for name in named if name != "features")]
 
 
 CONTRAST = (
@@ -85,6 +90,15 @@ JOINT = (
     " --per-device-train-batch-size="
 )
 
+CACHED = CAPTION.replace(" --crop-scale=0.9", "")
+
+
+def tuned(system: str, task: str, start: str, steps: int, rate: float, warmup: int = 25) -> Run:
+    """A run that goes on from the model of another, for a task, over the detector's regions."""
+    length = f"--max-steps={steps} --learning-rate={rate} --warmup-steps={warmup}"
+    return Run(system, task, "scenes", f"--pretrained={{out}}/{start} {REGIONS} {length}", SEEN)
+
+
 RUNS = {
     "clip": Run("clip", "retrieval", "pairs", CONTRAST + "1e-3"),
     "cloob": Run("cloob", "retrieval", "pairs", CONTRAST + "2e-4"),
@@ -92,7 +106,6 @@ RUNS = {
     "declip": Run("declip", "retrieval", "pairs", CONTRAST + "1e-3"),
     "lit": Run(
         "lit", "retrieval", "pairs", CONTRAST.replace("--vision-layers=5", "--vision-tower={out}/clip") + "1e-3",
-        needs=("clip",),
     ),
     "siglip": Run("siglip", "retrieval", "pairs", CONTRAST + "3e-4"),
     "simvlm": Run("simvlm", "captioning", "pairs", f"{SMALL} --text-layers=2 --max-steps=800", SAID),
@@ -101,27 +114,23 @@ RUNS = {
         "magic", "captioning", "pairs",
         "--clip={out}/clip --text-width=192 --text-layers=4 --max-length=16 --per-device-train-batch-size=64"
         " --learning-rate=1e-3 --max-steps=400 --lr-scheduler-type=cosine --warmup-steps=50",
-        "--no-java", needs=("clip",),
+        "--no-java",
     ),
     "frozen": Run(
         "frozen", "captioning", "pairs",
         f"{SPEAKER} --image-size=32 --vision-width=128 --prefix-length=4 --max-steps=600 {CAPTION}", SAID,
-        needs=("language_model",),
     ),
     "clipcap": Run(
         "clipcap", "captioning", "pairs", f"{READER} --prefix-length=4 --max-steps=600"
-        f" --cache-features={{out}}/features/clip {CAPTION}".replace(" --crop-scale=0.9", ""), SAID,
-        needs=("clip", "language_model"),
+        f" --cache-features={{out}}/features/clip {CACHED}", SAID,
     ),
     "mapl": Run(
         "mapl", "captioning", "pairs", f"{READER} --prefix-length=4 --max-steps=600"
-        f" --cache-features={{out}}/features/patches {CAPTION}".replace(" --crop-scale=0.9", ""), SAID,
-        needs=("clip", "language_model"),
+        f" --cache-features={{out}}/features/patches {CACHED}", SAID,
     ),
     "flamingo": Run(
         "flamingo", "captioning", "pairs", f"{READER} --prefix-length=8 --max-steps=600"
-        f" --cache-features={{out}}/features/patches {CAPTION}".replace(" --crop-scale=0.9", ""), SAID,
-        needs=("clip", "language_model"),
+        f" --cache-features={{out}}/features/patches {CACHED}", SAID,
     ),
     "vc_gpt": Run(
         "vc_gpt", "captioning", "pairs", f"{SMALL} --vision-layers=2 --text-layers=2 --max-steps=600", SAID,
@@ -134,58 +143,29 @@ RUNS = {
         "visualgpt", "captioning", "scenes",
         "--features={out}/regions/train --region-dim=384 --text-width=128 --text-layers=2 --max-steps=600"
         " --config-overrides encoder_dropout=0 --per-device-train-batch-size=32 --learning-rate=2e-3"
-        " --lr-scheduler-type=linear --warmup-steps=50", f"{SEEN} --no-java", needs=("regions",),
+        " --lr-scheduler-type=linear --warmup-steps=50", f"{SEEN} --no-java",
     ),
     "visual_bert": Run(
         "visual_bert", "retrieval", "scenes",
         f"{REGIONS} --region-dim=384 --text-width=128 --text-layers=3 --max-steps=300 --learning-rate=1e-3"
-        " --warmup-steps=25", SEEN, needs=("regions",),
+        " --warmup-steps=25", SEEN,
     ),
-    "visual_bert-grounding": Run(
-        "visual_bert", "grounding", "scenes",
-        f"--pretrained={{out}}/visual_bert {REGIONS} --max-steps=300 --learning-rate=1e-3 --warmup-steps=25", SEEN,
-        needs=("visual_bert",),
-    ),
-    "visual_bert-vqa": Run(
-        "visual_bert", "vqa", "scenes",
-        f"--pretrained={{out}}/visual_bert-grounding {REGIONS} --max-steps=2000 --learning-rate=1e-3 --warmup-steps=99",
-        SEEN, needs=("visual_bert-grounding",),
-    ),
-    "visual_bert-hateful": Run(
-        "visual_bert", "hateful", "scenes",
-        f"--pretrained={{out}}/visual_bert-grounding {REGIONS} --max-steps=500 --learning-rate=3e-4 --warmup-steps=25",
-        SEEN, needs=("visual_bert-grounding",),
-    ),
-    "visual_bert-reasoning": Run(
-        "visual_bert", "reasoning", "scenes",
-        f"--pretrained={{out}}/visual_bert-grounding {REGIONS} --max-steps=300 --learning-rate=3e-4 --warmup-steps=25",
-        SEEN, needs=("visual_bert-grounding",),
-    ),
+    "visual_bert-grounding": tuned("visual_bert", "grounding", "visual_bert", 300, 1e-3),
+    "visual_bert-vqa": tuned("visual_bert", "vqa", "visual_bert-grounding", 2000, 1e-3, warmup=99),
+    "visual_bert-hateful": tuned("visual_bert", "hateful", "visual_bert-grounding", 500, 3e-4),
+    "visual_bert-reasoning": tuned("visual_bert", "reasoning", "visual_bert-grounding", 300, 3e-4),
     "vilbert": Run(
         "vilbert", "retrieval", "scenes",
         f"{REGIONS} --region-dim=384 --text-width=128 --text-layers=3 --region-width=128 --max-steps=300"
-        " --learning-rate=1e-3 --warmup-steps=25", SEEN, needs=("regions",),
+        " --learning-rate=1e-3 --warmup-steps=25", SEEN,
     ),
-    "vilbert-grounding": Run(
-        "vilbert", "grounding", "scenes",
-        f"--pretrained={{out}}/vilbert {REGIONS} --max-steps=300 --learning-rate=1e-3 --warmup-steps=25", SEEN,
-        needs=("vilbert",),
-    ),
-    "vilbert-vqa": Run(
-        "vilbert", "vqa", "scenes",
-        f"--pretrained={{out}}/vilbert {REGIONS} --max-steps=600 --learning-rate=5e-4 --warmup-steps=25", SEEN,
-        needs=("vilbert",),
-    ),
+    "vilbert-grounding": tuned("vilbert", "grounding", "vilbert", 300, 1e-3),
+    "vilbert-vqa": tuned("vilbert", "vqa", "vilbert", 600, 5e-4),
     "lxmert": Run(
         "lxmert", "retrieval", "scenes",
         f"{REGIONS} --region-dim=384 --text-width=128 --max-steps=300 --learning-rate=1e-3 --warmup-steps=25", SEEN,
-        needs=("regions",),
     ),
-    "lxmert-vqa": Run(
-        "lxmert", "vqa", "scenes",
-        f"--pretrained={{out}}/lxmert {REGIONS} --max-steps=600 --learning-rate=5e-4 --warmup-steps=25", SEEN,
-        needs=("lxmert",),
-    ),
+    "lxmert-vqa": tuned("lxmert", "vqa", "lxmert", 600, 5e-4),
     "bridgetower": Run(
         "bridgetower", "retrieval", "pairs",
         JOINT + "64 --objectives=itm,itc --width=128 --layers=3 --learning-rate=1e-3 --max-steps=300"
@@ -204,13 +184,12 @@ RUNS = {
     "fiber-captioning": Run(
         "fiber", "captioning", "pairs",
         f"--pretrained={{out}}/fiber --objective=captioning --learning-rate=1e-3 --max-steps=400 {CAPTION}", SAID,
-        needs=("fiber",),
     ),
     "fiber_fine": Run(
         "fiber_fine", "detection", "scenes",
         "--pretrained={out}/fiber --image-size=128 --per-device-train-batch-size=8 --learning-rate=5e-4"
         " --max-steps=300",
-        "--train-data={scenes}/train-*.tar", needs=("fiber",),
+        "--train-data={scenes}/train-*.tar",
     ),
     "asif": Run("asif", "retrieval", "pairs", ""),
 }  # fmt: skip
@@ -226,15 +205,14 @@ def paths(out: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-def vlmfast(log: Path, *arguments: str) -> dict[str, float]:
-    """Minutes and peak memory (GB) of a command; what it prints goes to a file.
+def vlmfast(log: Path, *arguments: str) -> float:
+    """Peak memory (GB) of a command; what it prints goes to a file.
 
     Raises:
         SystemExit: it failed; the end of what it printed is shown.
     """
     print("$ vlmfast", *arguments, flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", "vlmfast", *arguments], stdout=file, stderr=file)
         _, status, usage = os.wait4(process.pid, 0)
@@ -243,7 +221,7 @@ def vlmfast(log: Path, *arguments: str) -> dict[str, float]:
         raise SystemExit(
             f"{log.read_text()[-3000:]}\nvlmfast {arguments[0]} ended with {process.returncode}; all of it: {log}"
         )
-    return {"minutes": (time.perf_counter() - start) / 60, "gigabytes": usage.ru_maxrss / 1e6}
+    return usage.ru_maxrss / 1e6
 
 
 def prepare(name: str, out: Path) -> None:
@@ -260,13 +238,13 @@ def prepare(name: str, out: Path) -> None:
         model.language_model.save_pretrained(out / name)
     if name == "regions":
         for split, samples in zip(("train", "val"), data["scenes"], strict=True):
-            done = out / name / split / "minutes.json"
+            done = out / name / f"{split}.done"
             if not done.exists():
-                spent = vlmfast(
+                vlmfast(
                     out / name / f"{split}.log", "regions", f"--detector={out / 'faster_rcnn'}", f"--data={samples}",
                     f"--output={out / name / split}", "--batch-size=32",
                 )  # fmt: skip
-                done.write_text(json.dumps(spent))
+                done.touch()
 
 
 PREPARED = {"scenes": (), "language_model": ("magic",), "regions": ("scenes", "faster_rcnn")}
@@ -291,18 +269,25 @@ def carry_out(name: str, out: Path, options: list[str]) -> None:
     places = {"out": str(out), "scenes": str(out / "scenes")}
     cost, scores = folder / "cost.json", folder / "scores.json"
     if not cost.exists():
-        if run.system == "asif":
-            start = time.perf_counter()
-            subprocess.run([sys.executable, HERE / "asif.py", f"--output-dir={folder}"], check=True)
-            spent = {"minutes": (time.perf_counter() - start) / 60}
-        else:
-            task = [f"--task={run.task}"] if name != run.system and "--objective" not in run.train else []
-            spent = vlmfast(
-                folder / "train.log", "train", run.system, f"--data={train}", f"--output-dir={folder}", *task,
-                *run.train.format(**places).split(), "--logging-steps=20", "--save-steps=0.34", "--report-to=none",
-                "--resume", *cpu, *options,
-            )  # fmt: skip
-        cost.write_text(json.dumps({**spent, **parameters(folder)}))
+        # A run that is stopped and goes on takes the time of all its parts.
+        clock, start = folder / "minutes.json", time.perf_counter()
+        before = json.loads(clock.read_text()) if clock.exists() else 0.0
+        spent: dict[str, float] = {}
+        try:
+            if run.system == "asif":
+                subprocess.run([sys.executable, HERE / "asif.py", f"--output-dir={folder}"], check=True)
+            else:
+                task = [f"--task={run.task}"] if name != run.system and "--objective" not in run.train else []
+                spent["gigabytes"] = vlmfast(
+                    folder / "train.log", "train", run.system, f"--data={train}", f"--output-dir={folder}", *task,
+                    *run.train.format(**places).split(), "--logging-steps=20", "--save-steps=0.34", "--report-to=none",
+                    "--resume", *cpu, *options,
+                )  # fmt: skip
+        finally:
+            minutes = before + (time.perf_counter() - start) / 60
+            folder.mkdir(parents=True, exist_ok=True)
+            clock.write_text(json.dumps(minutes))
+        cost.write_text(json.dumps({"minutes": minutes, **spent, **parameters(folder)}))
     if not scores.exists():
         vlmfast(
             folder / "eval.log", "eval", f"--checkpoint={folder}", f"--data={val}", f"--task={run.task}",

@@ -42,13 +42,13 @@ def test_runs_are_made_once_and_one_that_fails_stops_no_other(
 ) -> None:
     commands: list[str] = []
 
-    def vlmfast(log: Path, *arguments: str) -> dict[str, float]:
+    def vlmfast(log: Path, *arguments: str) -> float:
         commands.append(" ".join(arguments[:2]) if arguments[0] == "train" else arguments[0])
         quick = {"train": ["--disable-tqdm=true", "--dataloader-num-workers=0"], "eval": ["--num-workers=0"]}
         given = [a for a in arguments if not a.startswith("--report=")]
         if main([*given, *quick.get(arguments[0], [])]):
             raise SystemExit("ended with 2")
-        return {"minutes": 1.5, "gigabytes": 0.5}
+        return 0.5
 
     folder = write_shards(tmp_path / "data", "train-0.tar", "val-0.tar")
     small = "--image-size=16 --vision-width=64 --text-width=64 --vision-layers=1 --text-layers=1 --max-steps=1"
@@ -75,6 +75,14 @@ def test_runs_are_made_once_and_one_that_fails_stops_no_other(
     retrieval = json.loads((out / "clip" / "scores.json").read_text())
     assert rows["clip"]["chance"] == pytest.approx(100 * retrieval["image_to_text"]["chance"]["R@1"])
     assert rows["clip"]["trained"] > 0 == rows["clip"]["frozen"]
+    assert (rows["clip"]["gigabytes"], rows["clip"]["minutes"] > 0) == (0.5, True)
+    # What failed took its time all the same, which is added to that of the next try.
+    spent = json.loads((out / "mapl" / "minutes.json").read_text())
+    with pytest.raises(SystemExit, match=r"^failed: mapl$"):
+        example.main([f"--output-dir={out}", "--runs", "mapl"])
+    made.append(commands[-1])
+    assert made[-1] == "train mapl"
+    assert json.loads((out / "mapl" / "minutes.json").read_text()) > spent > 0
     assert "| prefix LM | `simvlm` | captioning, pairs | CIDEr | " in (out / "strategies.md").read_text()
     for picture in ("strategies.png", "gallery.png"):
         assert (out / picture).stat().st_size > 10_000
