@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import transformers
 from torch import Tensor, nn
 
 from vlmfast.bench.memory import peak_of
+from vlmfast.bench.timing import compared, interleaved
 from vlmfast.models.masked.lxmert import LXMERTConfig, LXMERTModel
 from vlmfast.models.masked.visual_bert import VisualBERTConfig, VisualBERTModel
 
@@ -158,27 +158,17 @@ def main() -> None:
         losses = {provider: step() for provider, step in steps.items()}
         if abs(losses["vlmfast"] - losses["transformers"]) > 1e-3 * losses["transformers"]:
             raise SystemExit(f"{name}: the losses differ: {losses}")
-        seconds: dict[str, list[float]] = {provider: [] for provider in PROVIDERS}
-        for _ in range(args.rounds):
-            for provider, step in steps.items():
-                before = clock()
-                step()
-                seconds[provider].append(clock() - before)
-        found = {provider: statistics.median(values) for provider, values in seconds.items()}
-        ratios = [b / a for a, b in zip(seconds["vlmfast"], seconds["transformers"], strict=True)]
+        found = compared(interleaved(steps, args.rounds, clock), *PROVIDERS)
         memory = {}
         for provider in () if args.no_memory else PROVIDERS:
             command = [sys.executable, __file__, "--memory", name, provider, "--device", args.device]
             command += ["--tiny"] if args.tiny else []
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             memory[provider] = float(done.stdout.split()[-1])
-        figures[name] = {"loss": losses, "seconds": seconds, "median": found, "ratios": ratios, "megabytes": memory}
-        print(
-            f"{name}: {found['vlmfast']:.2f} s against {found['transformers']:.2f} s, "
-            f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
-            + (f"; {memory['vlmfast']:.0f} MB against {memory['transformers']:.0f} MB" if memory else ""),
-            flush=True,
-        )
+        said = found.pop("said")
+        figures[name] = {"loss": losses, **found, "megabytes": memory}
+        held = f"; {memory['vlmfast']:.0f} MB against {memory['transformers']:.0f} MB" if memory else ""
+        print(f"{name}: {said}{held}", flush=True)
     if args.output:
         args.output.write_text(
             json.dumps({"threads": torch.get_num_threads(), "device": args.device, "models": figures}, indent=2) + "\n"

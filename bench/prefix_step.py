@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmfast.bench.timing import compared, interleaved
 from vlmfast.models import prefix_model
 from vlmfast.models.prefix import flamingo
 from vlmfast.models.prefix.clipcap import ClipCapConfig, ClipCapModel
@@ -213,17 +213,6 @@ def decoding_of(provider: str, tiny: bool, autocast: bool, count: int) -> Callab
     return decode
 
 
-def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of each, one after the other in every round."""
-    seconds: dict[str, list[float]] = {provider: [] for provider in runs}
-    for _ in range(rounds):
-        for provider, run in runs.items():
-            before = time.process_time()
-            run()
-            seconds[provider].append(time.process_time() - before)
-    return seconds
-
-
 def figures(way: str, tiny: bool, autocast: bool, rounds: int) -> dict[str, list[float]]:
     """Seconds by provider; both must say the same.
 
@@ -235,14 +224,14 @@ def figures(way: str, tiny: bool, autocast: bool, rounds: int) -> dict[str, list
         losses = {provider: step() for provider, step in steps.items()}
         if abs(losses["vlmfast"] - losses["eager"]) > (2e-2 if autocast else 1e-3) * losses["eager"]:
             raise SystemExit(f"{way}: the losses differ: {losses}")
-        return measure(steps, rounds)
+        return interleaved(steps, rounds, time.process_time)
     few, many = 2, 4 if tiny else 18
     told = {}
     spent: dict[str, dict[int, list[float]]] = {provider: {} for provider in PROVIDERS}
     for count in (few, many):
         runs = {provider: decoding_of(provider, tiny, autocast, count) for provider in PROVIDERS}
         told = {provider: run() for provider, run in runs.items()}
-        for provider, values in measure(runs, rounds).items():
+        for provider, values in interleaved(runs, rounds, time.process_time).items():
             spent[provider][count] = values
     if not autocast and told["vlmfast"] != told["eager"]:
         raise SystemExit(f"decode: the tokens differ: {told}")
@@ -263,15 +252,9 @@ def main() -> None:
     found: dict[str, Any] = {}
     for way in args.what:
         for dtype in args.dtypes:
-            seconds = figures(way, args.tiny, dtype == "bfloat16", args.rounds)
-            middle = {provider: statistics.median(values) for provider, values in seconds.items()}
-            ratios = [b / a for a, b in zip(seconds["vlmfast"], seconds["eager"], strict=True)]
-            found[f"{way} {dtype}"] = {"seconds": seconds, "median": middle, "ratios": ratios}
-            print(
-                f"{way}, {dtype}: {middle['vlmfast']:.3f} s against {middle['eager']:.3f} s of the processor, "
-                f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
-                flush=True,
-            )
+            figure = compared(figures(way, args.tiny, dtype == "bfloat16", args.rounds), *PROVIDERS)
+            print(f"{way}, {dtype}: {figure.pop('said')} of the processor", flush=True)
+            found[f"{way} {dtype}"] = figure
     if args.output:
         args.output.write_text(json.dumps({"threads": torch.get_num_threads(), "figures": found}, indent=2) + "\n")
 

@@ -48,6 +48,30 @@ def _mean_seconds(function: Callable[[], Any], calls: int, device: str) -> float
     return (time.perf_counter() - start_time) / calls
 
 
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each by a clock, such as time.process_time, one after the other in every round."""
+    spent: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            before = clock()
+            run()
+            spent[name].append(clock() - before)
+    return spent
+
+
+def compared(spent: Mapping[str, Sequence[float]], ours: str, theirs: str) -> dict[str, Any]:
+    """Medians by name, how many times as long theirs takes in each round, and both in a sentence."""
+    middle = {name: statistics.median(values) for name, values in spent.items()}
+    ratios = [b / a for a, b in zip(spent[ours], spent[theirs], strict=True)]
+    said = (
+        f"{middle[ours]:.3f} s against {middle[theirs]:.3f} s, "
+        f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    return {"seconds": spent, "median": middle, "ratios": ratios, "said": said}
+
+
 def gemm_rates(product: tuple[int, int, int], dtype: torch.dtype, device: str) -> dict[str, Callable[[], float]]:
     """Functions that measure a matrix product's GFLOP/s: the library's of (m, n, k), and tiles that stay in cache.
 
