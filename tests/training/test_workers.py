@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+import weakref
 from collections.abc import Iterator
 from multiprocessing import forkserver
 
@@ -67,3 +69,25 @@ def test_signals_leave_workers_at_work() -> None:
 @pytest.mark.usefixtures("in_a_group_of_two")
 def test_signals_leave_workers_and_the_fork_server_at_work() -> None:
     check_signals()
+
+
+def end_with_3() -> None:
+    time.sleep(0.3)
+    os._exit(3)
+
+
+def test_the_end_of_a_worker_while_its_fate_is_looked_for_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's handler of SIGCHLD does, where a broken connection was seen before the signal."""
+
+    def raising(*_: object) -> None:
+        raise RuntimeError("a worker exited")
+
+    monkeypatch.setattr(workers, "_started", weakref.WeakSet())
+    worker = workers.worker_context("fork").Process(target=end_with_3)
+    worker.start()
+    before = signal.signal(signal.SIGCHLD, raising)
+    try:
+        assert workers.fate_of_workers(wait=30) == f"data worker {worker.pid} ended with exit code 3"
+        assert signal.getsignal(signal.SIGCHLD) is raising
+    finally:
+        signal.signal(signal.SIGCHLD, before)

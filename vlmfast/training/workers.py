@@ -10,7 +10,8 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -79,12 +80,18 @@ def kill_workers() -> list[BaseProcess]:
 
 def end_workers() -> None:
     """Kills the workers and waits until they are gone."""
-    main = threading.current_thread() is threading.main_thread()
-    # torch's handler would raise for a worker that was killed.
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
-    try:
+    with _without_torchs_handler():
         for worker in kill_workers():
             worker.join(timeout=5)
+
+
+@contextmanager
+def _without_torchs_handler() -> Iterator[None]:
+    """Inside, the end of a worker raises nothing: torch has a handler of SIGCHLD that would."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+    try:
+        yield
     finally:
         if main:
             signal.signal(signal.SIGCHLD, handler)
@@ -92,10 +99,11 @@ def end_workers() -> None:
 
 def fate_of_workers(wait: float) -> str | None:
     """What became of a worker that has not ended by itself, in words, or None; looks again until `wait` seconds."""
-    workers = [worker for worker in list(_started) if worker.pid is not None]
-    alive = [worker.sentinel for worker in workers if worker.is_alive()]
-    if alive and not any(worker.exitcode for worker in workers):
-        multiprocessing.connection.wait(alive, timeout=wait)
+    with _without_torchs_handler():
+        workers = [worker for worker in list(_started) if worker.pid is not None]
+        alive = [worker.sentinel for worker in workers if worker.is_alive()]
+        if alive and not any(worker.exitcode for worker in workers):
+            multiprocessing.connection.wait(alive, timeout=wait)
     for worker in workers:
         code = worker.exitcode
         if code == -signal.SIGKILL:
