@@ -103,7 +103,10 @@ def fate_of_workers(wait: float) -> str | None:
         workers = [worker for worker in list(_started) if worker.pid is not None]
         alive = [worker.sentinel for worker in workers if worker.is_alive()]
         if alive and not any(worker.exitcode for worker in workers):
-            multiprocessing.connection.wait(alive, timeout=wait)
+            ended = multiprocessing.connection.wait(alive, timeout=wait)
+            for worker in workers:
+                if worker.sentinel in ended:
+                    worker.join()  # it closes its files a moment before it can be asked for its exit code
     for worker in workers:
         code = worker.exitcode
         if code == -signal.SIGKILL:
