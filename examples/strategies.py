@@ -416,8 +416,12 @@ def gallery(out: Path, names: Sequence[str], path: Path) -> None:
             run = RUNS[name]
             if run.data != data or "features" in run.evaluate or not (out / name / "scores.json").exists():
                 continue
-            captions = [record["caption"] for _, record in images]
-            text = ["--text", *captions] if run.task == "retrieval" else []
+            texts: dict[str, list[str]] = {
+                "retrieval": [record["caption"] for _, record in images],
+                "fiber_fine": sorted({item["name"] for _, record in images for item in record.get("objects", ())}),
+            }
+            asked = texts.get(run.system, texts.get(run.task, []))
+            text = ["--text", *asked] if asked else []
             answer = out / "gallery" / f"{name}.json"
             if not answer.exists():
                 try:

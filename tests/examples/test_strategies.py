@@ -11,7 +11,10 @@ import pytest
 from command_line import write_shards
 
 from vlmfast.cli import main
-from vlmfast.models import MODELS
+from vlmfast.cli.arguments import parse
+from vlmfast.cli.train import DataArguments
+from vlmfast.models import MODELS, model_class
+from vlmfast.training import PretrainingArguments
 
 
 @pytest.fixture
@@ -27,6 +30,24 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_every_system_has_a_run_and_a_strategy(example: ModuleType) -> None:
     assert {run.system for run in example.RUNS.values()} == set(MODELS)
     assert sorted(name for _, systems in example.STRATEGIES for name in systems) == sorted(MODELS)
+
+
+def test_contrastive_systems_have_one_budget(example: ModuleType) -> None:
+    budgets = set()
+    for name in dict(example.STRATEGIES)["contrastive"]:
+        model, words = model_class(name), example.RUNS[name].train.format(out="runs").split()
+        training = (PretrainingArguments, model.training_defaults)
+        options, _, found = parse(
+            name,
+            {"model": (model.Options, {}), "data": (DataArguments, {}), "training": training},
+            ["--data=x.tar", "--output-dir=y", "--use-cpu", *words],
+        )
+        budgets.add((
+            found.num_train_epochs, found.per_device_train_batch_size, found.warmup_steps, found.weight_decay,
+            options.image_size, options.max_length,
+        ))  # fmt: skip
+        assert options.vision_tower == ("runs/clip" if name == "lit" else None)
+    assert budgets == {(8, 512, next(iter(budgets))[2], 0.1, 48, 16)}
 
 
 def test_a_run_comes_after_what_it_needs(example: ModuleType) -> None:

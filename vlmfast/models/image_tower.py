@@ -41,8 +41,10 @@ class ImageTower(nn.Module):
         self.tower = new_tower(config, "image", "vision_config")
         self.mean, self.std, self.reads = tuple(mean), tuple(std), reads
         self.reads_bytes = read_bytes(self.tower, mean, std)
-        self.class_token = hasattr(getattr(self.tower, "pooler", None), "dense")
-        if self.class_token or (reads == "tokens" and hasattr(self.tower, "pooler")):
+        pooler = getattr(self.tower, "pooler", None)
+        self.class_token = hasattr(pooler, "dense")
+        # One without parameters, as of convolutions, stays: their forward calls it.
+        if self.class_token or (reads == "tokens" and isinstance(pooler, nn.Module) and list(pooler.parameters())):
             self.tower.register_module("pooler", None)
         if reads == "tokens":
             for unread in ("post_layernorm", "head"):  # of CLIP; of Siglip, whose norm comes before `tokens`

@@ -1,7 +1,7 @@
 """Towers of transformers: made of a config, with OpenAI's initial weights where they are CLIP's, or loaded."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from os import fspath
 from pathlib import Path
@@ -11,17 +11,27 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.align.modeling_align import round_filters
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPTextEmbeddings, CLIPVisionEmbeddings
 
+from vlmfast.models import MODELS, model_class
 from vlmfast.models.checkpoints import (
     find,
+    load,
     load_auto,
     making,
     of_config,
+    read_config,
     read_json,
     refuse_kernels,
 )
@@ -348,14 +358,19 @@ def load_tower(name: str, tower: Any) -> nn.Module | PreTrainedConfig:
 
 
 def load_model(name: str, source: str) -> PreTrainedModel:
-    """The whole pretrained model that `load_tower` takes a tower of.
+    """The whole pretrained model that `load_tower` takes a tower of: transformers', or one of two towers of vlmfast.
 
     Raises:
         FileNotFoundError: there is no such folder or name.
         ValueError: a file is damaged, or weights are missing.
     """
-    loaded: PreTrainedModel = load_auto(AutoModel, name, find(source), new=("pooler.",))
-    return loaded
+    folder = find(source)
+    kind = read_config(folder).get("model_type")
+    # Of two towers: ours, whose towers may be of any type, load what transformers' classes saved as well.
+    own = model_class(kind) if kind in MODELS else None
+    if own is not None and own.strategy == "contrastive":
+        return load(own, folder)
+    return load_auto(AutoModel, name, folder, new=("pooler.",))
 
 
 def _layers(name: str, model: PreTrainedModel) -> nn.Module:
@@ -371,8 +386,12 @@ def _layers(name: str, model: PreTrainedModel) -> nn.Module:
 
 
 def normalisation(vision: Any) -> dict[str, Any]:
-    """image_mean and image_std of the preprocessor_config.json beside a checkpoint, where there is one."""
+    """image_mean and image_std of a checkpoint: of its config, as vlmfast has them, or its preprocessor_config.json."""
     source = find(fspath(vision))
+    names = ("image_mean", "image_std")
+    own = read_config(source)
+    if all(name in own for name in names):
+        return {name: own[name] for name in names}
     file = Path(source) / "preprocessor_config.json"
     if file.exists():
         settings = read_json(file)
@@ -381,4 +400,4 @@ def normalisation(vision: Any) -> dict[str, Any]:
             settings, _ = BaseImageProcessor.get_image_processor_dict(source)
         except OSError:
             return {}
-    return {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
+    return {name: settings[name] for name in names if name in settings}
