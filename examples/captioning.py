@@ -31,8 +31,8 @@ PAIRS = Path(__file__).parent / "pairs"
 SYSTEMS = {"captioning": ("clipcap", "mapl", "frozen", "flamingo"), "vqa": ("frozen", "mapl", "flamingo")}
 ROWS = {"captioning": ("model", "blind", "nearest"), "vqa": ("model", "blind", "majority")}
 OWN = {
-    "clipcap": ("--learning-rate=2e-4",),
-    "mapl": ("--learning-rate=1e-3", "--prefix-length=8"),
+    "clipcap": ("--learning-rate=5e-4",),
+    "mapl": ("--learning-rate=3e-4", "--prefix-length=8"),
     "frozen": ("--learning-rate=3e-4",),
     "flamingo": ("--learning-rate=1e-3", "--prefix-length=8", "--cross-attention-every=10"),
 }
@@ -144,6 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--task {chosen.task} is one of {', '.join(SYSTEMS[chosen.task])}")
     options = [
         "--per-device-train-batch-size=16", f"--max-steps={chosen.steps}", "--max-length=16", "--save-steps=0.25",
+        "--warmup-steps=0.1", "--lr-scheduler-type=cosine",
         "--logging-steps=10", "--dataloader-num-workers=1", "--report-to=none", "--bf16", "--resume",
         *([] if torch.cuda.is_available() else ["--use-cpu"]), *chosen.options,
     ]  # fmt: skip
