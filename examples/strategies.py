@@ -183,7 +183,9 @@ RUNS = {
     ),
     "fiber-captioning": Run(
         "fiber", "captioning", "pairs",
-        f"--pretrained={{out}}/fiber --objective=captioning --learning-rate=1e-3 --max-steps=400 {CAPTION}", SAID,
+        "--objective=captioning --image-size=32 --swin-width=64 --swin-depths=1,2 --width=128 --layers=3"
+        f" --fused-layers=2 --learning-rate=1e-3 {CAPTION} --per-device-train-batch-size=64 --max-steps=2000"
+        " --config-overrides lr_factor=1", SAID,
     ),
     "fiber_fine": Run(
         "fiber_fine", "detection", "scenes",

@@ -205,6 +205,7 @@ def small_swin(options: Any) -> transformers.SwinConfig:
         depths=depths,
         num_heads=[options.swin_width // 32 * 2**stage for stage in range(len(depths))],
         window_size=min(options.window, side),
+        initializer_range=options.swin_width**-0.5,
     )
 
 
@@ -227,4 +228,5 @@ def small_roberta(options: Any, tokenizer: Any) -> transformers.RobertaConfig:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        initializer_range=options.width**-0.5,
     )

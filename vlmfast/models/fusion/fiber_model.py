@@ -39,9 +39,9 @@ class FusedTowers(ReadsRoBERTa):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Of what is in no tower: normal of 0.02, as BERT's. The towers' classes draw their own."""
+        """Of what is in no tower: normal, as wide as the text tower's. The towers' classes draw their own."""
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=0.02)
+            init.normal_(module.weight, std=self.config.text_config.initializer_range)  # type: ignore[attr-defined]
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
