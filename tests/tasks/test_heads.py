@@ -9,6 +9,8 @@ import torch
 import transformers
 from toys import COLOURS, WORDS, Jointly, JointlyConfig, joint_model, word_tokenizer, write_records
 
+from vlmfast.models.checkpoints import load
+from vlmfast.models.contrastive import CLIPModel
 from vlmfast.tasks.heads import TaskModel
 from vlmfast.tasks.vqa import VQA
 from vlmfast.training import PretrainingArguments, PretrainingTrainer
@@ -89,6 +91,21 @@ def test_what_the_model_has_of_its_own_stays(source: str, tmp_path: Path) -> Non
     assert loaded.model.words.weight is loaded.model.table.weight
     assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in made.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.model.frozen.parameters())
+
+
+@pytest.mark.parametrize("kind", [Jointly, Tied])
+def test_what_was_fine_tuned_for_one_task_is_where_another_begins(kind: Any, source: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = VQA().trainable(kind(JointlyConfig(tie_word_embeddings=True)), source, word_tokenizer(), None).model
+    made.save_pretrained(tmp_path)
+    weights = made.model.state_dict()
+    for overrides in ({}, {"note": 3}):
+        found = load(kind, str(tmp_path), **overrides)
+        assert {name: getattr(found.config, name) for name in overrides} == overrides
+        assert found.state_dict().keys() == weights.keys()
+        assert all(torch.equal(weight, weights[name]) for name, weight in found.state_dict().items())
+    with pytest.raises(ValueError, match=r"expected a checkpoint of a CLIPModel"):
+        load(CLIPModel, str(tmp_path))
 
 
 def test_losses_are_those_of_the_labels() -> None:

@@ -180,8 +180,12 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+FINE_TUNED = "vlmfast_task"
+"""The model_type of a model with a head for a task around it, `vlmfast.tasks.heads.TaskModel`."""
+
+
 def load(cls: Any, checkpoint: str, *, may_be_new: bool = False, **config: Any) -> Any:
-    """A model of a checkpoint, all of its weights the checkpoint's.
+    """A model of a checkpoint, all of its weights the checkpoint's; of one fine-tuned for a task, without its head.
 
     Args:
         cls: a model's class.
@@ -195,11 +199,17 @@ def load(cls: Any, checkpoint: str, *, may_be_new: bool = False, **config: Any) 
     """
     source = find(checkpoint)
     settings = read_config(source)
+    given: dict[str, Any] = dict(config)
+    if settings.get("model_type") == FINE_TUNED:
+        settings = settings["model_config"]
+        with reading(source):
+            inner = cls.config_class.from_dict({**settings, **config})
+        given = {"config": inner, "key_mapping": {r"^model\.": ""}}
     made_by = settings.get("architectures") or [cls.__name__]
     other = bool(config) or settings.get("model_type") != cls.config_class.model_type or cls.__name__ not in made_by
     with reading(source):
         model, report = cls.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **config
+            source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **given
         )
     check_weights("checkpoint", source, model, report, new=cls.new_parts if may_be_new and other else ())
     return model
