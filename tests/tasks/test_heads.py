@@ -104,6 +104,8 @@ def test_what_was_fine_tuned_for_one_task_is_where_another_begins(kind: Any, sou
         assert {name: getattr(found.config, name) for name in overrides} == overrides
         assert found.state_dict().keys() == weights.keys()
         assert all(torch.equal(weight, weights[name]) for name, weight in found.state_dict().items())
+    whole = load(TaskModel, str(tmp_path)).state_dict()
+    assert all(torch.equal(weight, whole[name]) for name, weight in made.state_dict().items())
     with pytest.raises(ValueError, match=r"expected a checkpoint of a CLIPModel"):
         load(CLIPModel, str(tmp_path))
 

@@ -200,7 +200,7 @@ def load(cls: Any, checkpoint: str, *, may_be_new: bool = False, **config: Any) 
     source = find(checkpoint)
     settings = read_config(source)
     given: dict[str, Any] = dict(config)
-    if settings.get("model_type") == FINE_TUNED:
+    if settings.get("model_type") == FINE_TUNED != cls.config_class.model_type:
         settings = settings["model_config"]
         with reading(source):
             inner = cls.config_class.from_dict({**settings, **config})
