@@ -83,7 +83,7 @@ SAID = "--no-java --max-new-tokens=16"
 SMALL = f"--image-size=32 --vision-width=128 --text-width=128 --learning-rate=2e-3 {CAPTION}"
 SPEAKER = "--language-model={out}/language_model --learning-rate=1e-3"
 READER = SPEAKER + " --vision-tower={out}/clip"
-REGIONS = "--features={out}/regions/train --per-device-train-batch-size=32"
+REGIONS = "--features={out}/regions/train"
 SEEN = "--features={out}/regions/val"
 JOINT = (
     "--image-size=32 --max-length=16 --crop-scale=0.9 --keywords=0.3 --lr-scheduler-type=cosine --warmup-steps=50"
@@ -93,9 +93,9 @@ JOINT = (
 CACHED = CAPTION.replace(" --crop-scale=0.9", "")
 
 
-def tuned(system: str, task: str, start: str, steps: int, rate: float, warmup: int = 25) -> Run:
+def tuned(system: str, task: str, start: str, steps: int, rate: float, warmup: int = 25, batch: int = 32) -> Run:
     """A run that goes on from the model of another, for a task, over the detector's regions."""
-    length = f"--max-steps={steps} --learning-rate={rate} --warmup-steps={warmup}"
+    length = f"--max-steps={steps} --learning-rate={rate} --warmup-steps={warmup} --per-device-train-batch-size={batch}"
     return Run(system, task, "scenes", f"--pretrained={{out}}/{start} {REGIONS} {length}", SEEN)
 
 
@@ -147,25 +147,26 @@ RUNS = {
     ),
     "visual_bert": Run(
         "visual_bert", "retrieval", "scenes",
-        f"{REGIONS} --region-dim=384 --text-width=128 --text-layers=3 --max-steps=300 --learning-rate=1e-3"
-        " --warmup-steps=25", SEEN,
+        f"{REGIONS} --region-dim=384 --text-width=128 --text-layers=3 --max-steps=2500 --learning-rate=1e-3"
+        " --warmup-steps=100 --per-device-train-batch-size=64", SEEN,
     ),
-    "visual_bert-grounding": tuned("visual_bert", "grounding", "visual_bert", 300, 1e-3),
-    "visual_bert-vqa": tuned("visual_bert", "vqa", "visual_bert-grounding", 2000, 1e-3, warmup=99),
-    "visual_bert-hateful": tuned("visual_bert", "hateful", "visual_bert-grounding", 500, 3e-4),
-    "visual_bert-reasoning": tuned("visual_bert", "reasoning", "visual_bert-grounding", 300, 3e-4),
+    "visual_bert-grounding": tuned("visual_bert", "grounding", "visual_bert", 300, 5e-4),
+    "visual_bert-vqa": tuned("visual_bert", "vqa", "visual_bert-grounding", 1500, 5e-4, warmup=99, batch=64),
+    "visual_bert-hateful": tuned("visual_bert", "hateful", "visual_bert-grounding", 1000, 5e-4, warmup=50),
+    "visual_bert-reasoning": tuned("visual_bert", "reasoning", "visual_bert-hateful", 800, 5e-4, warmup=50),
     "vilbert": Run(
         "vilbert", "retrieval", "scenes",
         f"{REGIONS} --region-dim=384 --text-width=128 --text-layers=3 --region-width=128 --max-steps=300"
-        " --learning-rate=1e-3 --warmup-steps=25", SEEN,
+        " --learning-rate=1e-3 --warmup-steps=25 --per-device-train-batch-size=32", SEEN,
     ),
     "vilbert-grounding": tuned("vilbert", "grounding", "vilbert", 300, 1e-3),
-    "vilbert-vqa": tuned("vilbert", "vqa", "vilbert", 600, 5e-4),
+    "vilbert-vqa": tuned("vilbert", "vqa", "vilbert-grounding", 2000, 3e-4, warmup=99),
     "lxmert": Run(
         "lxmert", "retrieval", "scenes",
-        f"{REGIONS} --region-dim=384 --text-width=128 --max-steps=300 --learning-rate=1e-3 --warmup-steps=25", SEEN,
+        f"{REGIONS} --region-dim=384 --text-width=128 --max-steps=300 --learning-rate=1e-3 --warmup-steps=25"
+        " --per-device-train-batch-size=32", SEEN,
     ),
-    "lxmert-vqa": tuned("lxmert", "vqa", "lxmert", 600, 5e-4),
+    "lxmert-vqa": tuned("lxmert", "vqa", "lxmert", 2000, 5e-4, warmup=99),
     "bridgetower": Run(
         "bridgetower", "retrieval", "pairs",
         JOINT + "64 --objectives=itm,itc --width=128 --layers=3 --learning-rate=1e-3 --max-steps=300"

@@ -190,8 +190,8 @@ def load(cls: Any, checkpoint: str, *, may_be_new: bool = False, **config: Any) 
     Args:
         cls: a model's class.
         checkpoint: as `find`.
-        may_be_new: parts that `cls.new_parts` names may be missing, if the checkpoint is another model's or fields of
-            the config are set.
+        may_be_new: parts that the model's `new_parts` names may be missing, if the checkpoint is another model's or
+            fields of the config are set.
         config: fields of the config that have the last word.
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -211,7 +211,7 @@ def load(cls: Any, checkpoint: str, *, may_be_new: bool = False, **config: Any) 
         model, report = cls.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **given
         )
-    check_weights("checkpoint", source, model, report, new=cls.new_parts if may_be_new and other else ())
+    check_weights("checkpoint", source, model, report, new=model.new_parts if may_be_new and other else ())
     return model
 
 

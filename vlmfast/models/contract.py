@@ -188,7 +188,7 @@ class Pretrainable:
     """Special tokens that are none of those that every tokenizer has a name for, such as "<image>"; added likewise."""
     tasks: ClassVar[tuple[str, ...]] = ()
     """Names in vlmfast.tasks.TASKS; the first serves --eval-strategy."""
-    new_parts: ClassVar[tuple[str, ...]] = ()
+    new_parts: tuple[str, ...] = ()
     """What names of weights begin with that a checkpoint of another model, or of other settings, need not have."""
     made_by: ClassVar[str] = "train"
     """The command of `vlmfast` that makes a checkpoint of it; another than "train" where nothing is trained."""

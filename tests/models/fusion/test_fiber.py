@@ -259,6 +259,13 @@ def test_an_empty_queue_is_no_negative_and_checkpoints_hold_a_full_one(tmp_path:
     filled(again, 4)
     assert torch.equal(model.queue.input_ids, again.queue.input_ids)
     assert torch.equal(model(**batch()).loss, again(**batch()).loss)
+    captions = load(FIBERModel, str(tmp_path), may_be_new=True, objective="captioning")
+    captions.save_pretrained(tmp_path / "captions")
+    again = load(FIBERModel, str(tmp_path / "captions"), may_be_new=True, objective="matching")
+    own = captions.state_dict()
+    kept = {name: weight for name, weight in again.state_dict().items() if name in own}
+    assert any("t2i" in name for name in kept)
+    assert all(torch.equal(weight, own[name]) for name, weight in kept.items())
     contrast = load(FIBERModel, str(tmp_path), may_be_new=True, objective="contrast")
     assert torch.equal(contrast(**batch()).loss, load(FIBERModel, str(tmp_path))(**batch()).itc_loss)
     assert not any("2t" in name.split(".")[1] for name, _ in contrast.named_parameters() if name.startswith("towers"))

@@ -93,7 +93,7 @@ class FIBERModel(Captioning, FusedTowers, PreTrainedModel):
     paper = "Dou et al. 2022 (2206.07643)"
     tasks = ("retrieval", "vqa")
     special_tokens: ClassVar[dict[str, str]] = {"mask_token": "<|mask|>"}
-    new_parts = (
+    new_parts: tuple[str, ...] = (
         "towers.t2i.",
         "towers.i2t.",
         "towers.cross_modal_att_layers.",
@@ -133,6 +133,9 @@ class FIBERModel(Captioning, FusedTowers, PreTrainedModel):
             self._ddp_params_and_buffers_to_ignore = [f"queue.{name}" for name, _ in self.queue.named_buffers()]
         if objective == "captioning":  # so that who asks for them finds them in no other model
             self.generate, self.prompt_collator = self._generate, self._prompt_collator
+        else:  # a checkpoint of captions lacks the norm behind the last layer
+            last = config.text_config.num_hidden_layers - 1
+            self.new_parts = (*type(self).new_parts, f"towers.text_model.encoder.layer.{last}.output.LayerNorm.")
         self.post_init()
 
     @torch.no_grad()

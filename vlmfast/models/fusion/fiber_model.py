@@ -41,7 +41,7 @@ class FusedTowers(ReadsRoBERTa):
     def _init_weights(self, module: nn.Module) -> None:
         """Of what is in no tower: normal, as wide as the text tower's. The towers' classes draw their own."""
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=self.config.text_config.initializer_range)  # type: ignore[attr-defined]
+            init.normal_(module.weight, std=self.config.text_config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
