@@ -22,6 +22,7 @@ class FusedTowersConfig(PreTrainedConfig):
         vision_config, text_config: transformers' SwinConfig and RobertaConfig, or dicts.
         num_fused_layers: of RoBERTa's last layers and Swin's last blocks, in pairs; fewer than either tower has.
         lr_factor: by which what fuses learns faster than the rest.
+        initializer_range: deviation of the initial weights of what is in no tower.
         image_mean, image_std: per channel, of pixels in [0, 1]; they normalise uint8 pixels only.
         Others as PreTrainedConfig.
     Raises:
@@ -40,6 +41,7 @@ class FusedTowersConfig(PreTrainedConfig):
         *,
         num_fused_layers: int = 6,
         lr_factor: float = 5.0,
+        initializer_range: float = 0.02,
         image_mean: Sequence[float] = tuple(IMAGENET_DEFAULT_MEAN),
         image_std: Sequence[float] = tuple(IMAGENET_DEFAULT_STD),
         **kwargs: Any,
@@ -49,6 +51,7 @@ class FusedTowersConfig(PreTrainedConfig):
             setattr(self, name, given if isinstance(given, PreTrainedConfig) else kind(**(given or {})))
         self.num_fused_layers = num_fused_layers
         self.lr_factor = lr_factor
+        self.initializer_range = initializer_range
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self._check()
         super().__init__(**kwargs)
@@ -205,7 +208,6 @@ def small_swin(options: Any) -> transformers.SwinConfig:
         depths=depths,
         num_heads=[options.swin_width // 32 * 2**stage for stage in range(len(depths))],
         window_size=min(options.window, side),
-        initializer_range=options.swin_width**-0.5,
     )
 
 
@@ -228,5 +230,4 @@ def small_roberta(options: Any, tokenizer: Any) -> transformers.RobertaConfig:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        initializer_range=options.width**-0.5,
     )

@@ -39,9 +39,9 @@ class FusedTowers(ReadsRoBERTa):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Of what is in no tower: normal, as wide as the text tower's. The towers' classes draw their own."""
+        """Of what is in no tower: normal. The towers' classes draw their own."""
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=self.config.text_config.initializer_range)
+            init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
@@ -66,8 +66,11 @@ class FusedTowers(ReadsRoBERTa):
         vision, text, normalised = loaded_towers(options)
         vision_config = small_swin(options) if vision is None else vision.config
         text_config = small_roberta(options, tokenizer) if text is None else text.config
+        # 0.02 is meant for 768; of a small model the gates would not open, as what they let in is too faint to matter.
+        begin = {} if text is not None else {"initializer_range": options.width**-0.5}
         settings = {
             "num_fused_layers": options.fused_layers,
+            **begin,
             **cls.settings(options, text_config),
             **normalised,
             **overrides,
