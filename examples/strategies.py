@@ -417,7 +417,8 @@ def gallery(out: Path, names: Sequence[str], path: Path) -> None:
         said: list[list[str]] = [[] for _ in images]
         for name in names:
             run = RUNS[name]
-            if run.data != data or "features" in run.evaluate or not (out / name / "scores.json").exists():
+            answer, scores = out / "gallery" / f"{name}.json", out / name / "scores.json"
+            if run.data != data or "features" in run.evaluate or not scores.exists():
                 continue
             texts: dict[str, list[str]] = {
                 "retrieval": [record["caption"] for _, record in images],
@@ -425,8 +426,7 @@ def gallery(out: Path, names: Sequence[str], path: Path) -> None:
             }
             asked = texts.get(run.system, texts.get(run.task, []))
             text = ["--text", *asked] if asked else []
-            answer = out / "gallery" / f"{name}.json"
-            if not answer.exists():
+            if not answer.exists() or answer.stat().st_mtime < scores.stat().st_mtime:  # of an earlier training
                 try:
                     vlmfast(
                         answer.with_suffix(".log"), "predict", str(out / name), *(str(file) for file, _ in images),
