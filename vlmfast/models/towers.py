@@ -1,7 +1,7 @@
 """Towers of transformers: made of a config, with OpenAI's initial weights where they are CLIP's, or loaded."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from os import fspath
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
