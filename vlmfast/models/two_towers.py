@@ -191,7 +191,8 @@ class TwoTowerModel(Pretrainable, PreTrainedModel):
 
         Args:
             vision, text: a name or folder that transformers' AutoModel loads or of a model of two towers here, of which
-                the tower is taken where it holds two (CLIP, Siglip); or a model, whose weights are copied; or a config, of which a tower is made.
+                the tower is taken where it holds two (CLIP, Siglip); or a model, whose weights are copied; or a config,
+                of which a tower is made.
             config: of the model's config, but the towers' configs. image_mean and image_std are by default those that
                 lie beside the pretrained vision tower.
         Raises:
