@@ -385,15 +385,14 @@ def _layers(name: str, model: PreTrainedModel) -> nn.Module:
 
 
 def normalisation(vision: Any) -> dict[str, Any]:
-    """image_mean and image_std of a checkpoint: of its config, as vlmfast has them, or its preprocessor_config.json."""
+    """image_mean and image_std of a checkpoint: of its preprocessor_config.json, or its config, as vlmfast has them."""
     source = find(fspath(vision))
     names = ("image_mean", "image_std")
-    own = read_config(source)
-    if all(name in own for name in names):
-        return {name: own[name] for name in names}
-    file = Path(source) / "preprocessor_config.json"
+    file, own = Path(source) / "preprocessor_config.json", read_config(source)
     if file.exists():
         settings = read_json(file)
+    elif all(name in own for name in names):
+        settings = own
     else:
         try:
             settings, _ = BaseImageProcessor.get_image_processor_dict(source)
