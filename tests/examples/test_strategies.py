@@ -33,7 +33,7 @@ def test_every_system_has_a_run_and_a_strategy(example: ModuleType) -> None:
 
 
 def test_contrastive_systems_have_one_budget(example: ModuleType) -> None:
-    budgets = set()
+    budgets, rates = set(), {}
     for name in dict(example.STRATEGIES)["contrastive"]:
         model, words = model_class(name), example.RUNS[name].train.format(out="runs").split()
         training = (PretrainingArguments, model.training_defaults)
@@ -43,11 +43,14 @@ def test_contrastive_systems_have_one_budget(example: ModuleType) -> None:
             ["--data=x.tar", "--output-dir=y", "--use-cpu", *words],
         )
         budgets.add((
-            found.num_train_epochs, found.per_device_train_batch_size, found.warmup_steps, found.weight_decay,
+            found.num_train_epochs, found.per_device_train_batch_size, found.weight_decay, found.warmup_steps,
             options.image_size, options.max_length,
         ))  # fmt: skip
+        rates[name] = found.learning_rate
         assert options.vision_tower == ("runs/clip" if name == "lit" else None)
-    assert budgets == {(8, 512, next(iter(budgets))[2], 0.1, 48, 16)}
+    (budget,) = budgets
+    assert (*budget[:3], *budget[4:]) == (8, 512, 0.1, 48, 16)
+    assert rates["siglip"] < rates["clip"]
 
 
 def test_a_run_comes_after_what_it_needs(example: ModuleType) -> None:
